@@ -1,0 +1,149 @@
+// Layer norm, and residual add + layer norm in one pass.
+//
+//   forward   s = x + residual (or x),  y = (s - mean) * rstd * w + b,  rstd = 1 / sqrt(var + eps)
+//   backward  x^ = (s - mean) * rstd,  g = dy * w
+//             ds = rstd * (g - mean(g) - x^ * mean(g * x^)) [+ dsum];  dx = dresidual = ds
+//             dw = sum over rows of dy * x^,  db = sum over rows of dy
+//   source    Ba et al. 2016, "Layer Normalization"; the backward is its derivative.
+//   layout    rows of `columns` contiguous elements, any row stride for inputs; outputs contiguous.
+//   moves     forward 2 (x, y) or 4 (x, residual, s, y) elements per entry; backward 3 (dy, s, ds) or 4.
+//   work      rows are shared out among threads; a row (3 KB at width 768) stays in L1 for its two passes.
+//             dw and db: fp32 partials per thread, flushed every FLUSH rows, added in thread order.
+//   saves     s (the input where there is no residual), mean and rstd in fp32.
+#include "common/simd.h"
+#include "layer_norm/layer_norm_cpu.h"
+
+namespace gpt2fast {
+namespace GPT2FAST_ISA {
+
+constexpr i64 ROW_GRAIN = 8;  // rows below which a second thread costs more than it brings
+
+template <class T>
+static void forward_rows(const T* x, i64 x_stride, const T* residual, i64 residual_stride, const float* w,
+                         const float* b, T* sum, T* y, float* mean, float* rstd, i64 begin, i64 end,
+                         i64 columns, float eps) {
+  for (i64 r = begin; r < end; ++r) {
+    const T* row = x + r * x_stride;
+    vf total = {};
+    if (residual) {
+      const T* other = residual + r * residual_stride;
+      T* out = sum + r * columns;
+      for_columns(columns, [&](i64 c, i64 n) {
+        store_at(out + c, load_at(row + c, n) + load_at(other + c, n), n);
+        total += load_at(out + c, n);  // as stored: the norm is of the rounded sum
+      });
+      row = out;
+    } else {
+      for_columns(columns, [&](i64 c, i64 n) { total += load_at(row + c, n); });
+    }
+    const float mu = hsum(total) / columns;
+    vf sums = {}, squares = {};
+    for_columns(columns, [&](i64 c, i64 n) {  // two passes: E[x^2] - E[x]^2 cancels at large means
+      const vf d = load_at(row + c, n, mu) - mu;
+      sums += d;
+      squares += d * d;
+    });
+    const float rest = hsum(sums) / columns;  // what rounding left out of mu: 0 but for large means
+    const float scale = 1.0f / __builtin_sqrtf(hsum(squares) / columns - rest * rest + eps);
+    T* out = y + r * columns;
+    for_columns(columns, [&](i64 c, i64 n) {
+      vf value = (load_at(row + c, n) - mu - rest) * scale;
+      if (w) value *= load_at(w + c, n);
+      if (b) value += load_at(b + c, n);
+      store_at(out + c, value, n);
+    });
+    mean[r] = mu + rest;
+    rstd[r] = scale;
+  }
+}
+
+void layer_norm_forward(uintptr_t x, i64 x_stride, uintptr_t residual, i64 residual_stride, uintptr_t weight,
+                        uintptr_t bias, uintptr_t sum, uintptr_t y, uintptr_t mean, uintptr_t rstd, i64 rows,
+                        i64 columns, float eps, int dtype, int threads) {
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_shares(rows, ROW_GRAIN, threads, [&](int, i64 begin, i64 end) {
+      forward_rows((const T*)x, x_stride, (const T*)residual, residual_stride, (const float*)weight,
+                   (const float*)bias, (T*)sum, (T*)y, (float*)mean, (float*)rstd, begin, end, columns, eps);
+    });
+  });
+}
+
+// dw and db of the rows [begin, end) go to partial[0..columns) and partial[columns..2*columns).
+template <class T, bool INPUT, bool PARAMETERS>
+static void backward_rows(const T* dy, i64 dy_stride, const T* dsum, i64 dsum_stride, const T* x, i64 x_stride,
+                          const float* w, const float* mean, const float* rstd, T* dx, float* partial,
+                          float* recent, i64 begin, i64 end, i64 columns) {
+  const auto flush = [&] {
+    for_columns(2 * columns, [&](i64 c, i64 n) {
+      store_at(partial + c, load_at(partial + c, n) + load_at(recent + c, n), n);
+      store_at(recent + c, vf{}, n);
+    });
+  };
+  if (PARAMETERS)
+    for (i64 c = 0; c < 2 * columns; ++c) partial[c] = recent[c] = 0.0f;
+  for (i64 r = begin; r < end; ++r) {
+    const T* grad = dy + r * dy_stride;
+    const T* row = x + r * x_stride;
+    const float mu = mean[r], scale = rstd[r];
+    vf sum_g = {}, sum_gx = {};
+    for_columns(columns, [&](i64 c, i64 n) {
+      const vf d = load_at(grad + c, n), hat = (load_at(row + c, n, mu) - mu) * scale;
+      if (INPUT) {
+        const vf g = w ? d * load_at(w + c, n) : d;
+        sum_g += g;
+        sum_gx += g * hat;
+      }
+      if (PARAMETERS) {
+        store_at(recent + c, load_at(recent + c, n) + d * hat, n);
+        store_at(recent + columns + c, load_at(recent + columns + c, n) + d, n);
+      }
+    });
+    if (INPUT) {
+      const float mean_g = hsum(sum_g) / columns, mean_gx = hsum(sum_gx) / columns;
+      T* out = dx + r * columns;
+      for_columns(columns, [&](i64 c, i64 n) {
+        const vf d = load_at(grad + c, n), hat = (load_at(row + c, n) - mu) * scale;
+        const vf g = w ? d * load_at(w + c, n) : d;
+        vf value = (g - mean_g - hat * mean_gx) * scale;
+        if (dsum) value += load_at(dsum + r * dsum_stride + c, n);
+        store_at(out + c, value, n);
+      });
+    }
+    if (PARAMETERS && (r - begin) % FLUSH == FLUSH - 1) flush();
+  }
+  if (PARAMETERS) flush();
+}
+
+// workspace: threads * 4 * columns floats where dweight and dbias are wanted; dx, dweight/dbias may be 0.
+void layer_norm_backward(uintptr_t dy, i64 dy_stride, uintptr_t dsum, i64 dsum_stride, uintptr_t x, i64 x_stride,
+                         uintptr_t weight, uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dweight,
+                         uintptr_t dbias, uintptr_t workspace, i64 rows, i64 columns, int dtype, int threads) {
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool parameters = workspace != 0;
+    parallel_shares(rows, ROW_GRAIN, threads, [&](int share, i64 begin, i64 end) {
+      float* partial = (float*)workspace + share * 4 * columns;
+      const auto run = parameters ? (dx ? backward_rows<T, true, true> : backward_rows<T, false, true>)
+                                  : backward_rows<T, true, false>;
+      run((const T*)dy, dy_stride, (const T*)dsum, dsum_stride, (const T*)x, x_stride, (const float*)weight,
+          (const float*)mean, (const float*)rstd, (T*)dx, partial, partial + 2 * columns, begin, end, columns);
+    });
+  });
+  if (!workspace) return;
+  const int used = share_count(rows, ROW_GRAIN, threads);
+  const float* partials = (const float*)workspace;
+  float *dw = (float*)dweight, *db = (float*)dbias;
+  for_columns(columns, [&](i64 c, i64 n) {
+    vf sum_w = {}, sum_b = {};
+    for (int t = 0; t < used; ++t) {
+      sum_w += load_at(partials + t * 4 * columns + c, n);
+      sum_b += load_at(partials + t * 4 * columns + columns + c, n);
+    }
+    if (dw) store_at(dw + c, sum_w, n);
+    if (db) store_at(db + c, sum_b, n);
+  });
+}
+
+}  // namespace GPT2FAST_ISA
+}  // namespace gpt2fast

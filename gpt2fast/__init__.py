@@ -1,0 +1,12 @@
+"""gpt2fast: GPT-2 made fast by kernels that are tested against plain PyTorch.
+
+>>> import gpt2fast, torch
+>>> y = gpt2fast.functional.layer_norm(torch.randn(4, 768))
+"""
+
+from gpt2fast import functional
+from gpt2fast.backends import BackendUnavailable, keep_freed_memory, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendUnavailable", "functional", "keep_freed_memory", "use_backend"]

@@ -1,0 +1,197 @@
+"""What can run here, why not, and which backend an op uses.
+
+A backend is a set of kernels: ``reference`` (plain PyTorch), ``cpu`` (C++), ``triton`` and ``cuda``.
+The choice is automatic by device and dtype; :func:`use_backend` and the environment variable
+``GPT2FAST_BACKEND`` override it. Kernels load at first use, so that importing gpt2fast never fails.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend can run here: `detail` says what it is, or why not and what to do."""
+
+    available: bool
+    detail: str
+
+
+def build_info() -> dict[str, Any]:
+    """What the installation built and why parts are missing, as setup.py wrote it."""
+    path = Path(__file__).with_name("_build_info.json")
+    return json.loads(path.read_text()) if path.exists() else {"parts": {}}
+
+
+def _why_not_built(part: str) -> str:
+    reported = build_info()["parts"].get(part, {})
+    return reported.get(
+        "reason", "gpt2fast was not installed by `pip install`, so nothing was built"
+    )
+
+
+@functools.cache
+def cpu_kernels() -> Any:
+    """The C++ kernels of the best instruction set here, or of ``GPT2FAST_CPU_ISA``.
+
+    Raises:
+        BackendUnavailable: the extension was not built or this CPU lacks the instruction set.
+    """
+    try:
+        extension = importlib.import_module("gpt2fast._cpu")
+    except ImportError as error:
+        built = build_info()["parts"].get("cpu", {}).get("built", False)
+        why = f"it was built but does not load: {error}" if built else _why_not_built("cpu")
+        raise BackendUnavailable(f"the C++ kernels are not there: {why}") from error
+    isa = os.environ.get("GPT2FAST_CPU_ISA") or extension.runnable[-1]
+    if isa not in extension.runnable:
+        raise BackendUnavailable(
+            f"GPT2FAST_CPU_ISA={isa}, but this CPU and build run {', '.join(extension.runnable)}"
+        )
+    return getattr(extension, isa)
+
+
+@functools.cache
+def status(name: str) -> Status:
+    """Whether backend `name` can run here."""
+    if name == "reference":
+        return Status(True, f"PyTorch {torch.__version__}")
+    if name == "cpu":
+        try:
+            isa = cpu_kernels().__name__.rpartition(".")[2]
+        except BackendUnavailable as error:
+            return Status(False, str(error))
+        openmp = "OpenMP" if importlib.import_module("gpt2fast._cpu").openmp else "one thread only"
+        return Status(True, f"C++ kernels, {isa}, {openmp}")
+    if name == "triton":
+        return Status(False, "this version has no Triton kernels yet")
+    if name == "cuda":
+        return Status(False, f"the CUDA kernels are not there: {_why_not_built('cuda')}")
+    raise ValueError(f"unknown backend {name!r}; known are {', '.join(NAMES)}")
+
+
+def _checked(name: str) -> str:
+    found = status(name)
+    if not found.available:
+        raise BackendUnavailable(f"backend {name!r} cannot run here: {found.detail}")
+    return name
+
+
+# Process-wide, as torch.set_num_threads is. A plain global, so that torch.compile guards on it.
+# The environment variable is checked at first use: import never fails.
+_forced: str | None = os.environ.get("GPT2FAST_BACKEND") or None
+_automatic: dict[str, str] = {}
+_checked_names: set[str] = set()
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Runs every gpt2fast op within the block on backend `name` (None: automatic choice).
+
+    The setting holds for the whole process. A graph compiled before is compiled again.
+
+    Raises:
+        ValueError: there is no such backend.
+        BackendUnavailable: it cannot run here; the message says why.
+
+    >>> import gpt2fast, torch
+    >>> with gpt2fast.use_backend("reference"):
+    ...     y = gpt2fast.functional.gelu(torch.zeros(2, 3))
+    """
+    global _forced
+    if name is not None:
+        _checked(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@torch.compiler.assume_constant_result
+def _choose_for(device_type: str) -> str:
+    if device_type != "cpu":
+        return "reference"
+    found = status("cpu")
+    if not found.available:
+        warnings.warn(
+            f"gpt2fast runs on the slow PyTorch reference: {found.detail}. "
+            "`gpt2fast info` says what to install.",
+            stacklevel=5,
+        )
+        return "reference"
+    return "cpu"
+
+
+@torch.compiler.assume_constant_result
+def _check_constant(name: str) -> str:
+    return _checked(name)
+
+
+def choose(tensor: torch.Tensor) -> str:
+    """The backend for an op whose main input is `tensor`.
+
+    Raises:
+        BackendUnavailable: the forced backend cannot run here or not on this device.
+        TypeError: the forced backend has no kernels for this dtype.
+    """
+    device, forced = tensor.device.type, _forced
+    if forced is None:
+        if tensor.dtype not in KERNEL_DTYPES:
+            return "reference"
+        if device not in _automatic:
+            _automatic[device] = _choose_for(device)
+        return _automatic[device]
+    if forced == "reference":
+        return forced
+    if forced not in _checked_names:
+        _checked_names.add(_check_constant(forced))
+    wanted = "cpu" if forced == "cpu" else "cuda"
+    if device != wanted:
+        raise BackendUnavailable(
+            f"backend {forced!r} runs on {wanted} tensors, got one on {device}"
+        )
+    if tensor.dtype not in KERNEL_DTYPES:
+        raise TypeError(
+            f"backend {forced!r} has kernels for float32, bfloat16 and float16, not for {tensor.dtype}"
+        )
+    return forced
+
+
+@functools.cache
+def load(op: str, backend: str) -> ModuleType:
+    """The module gpt2fast.ops.<op>.<backend>."""
+    return importlib.import_module(f"gpt2fast.ops.{op}.{backend}")
+
+
+def keep_freed_memory() -> bool:
+    """Tells the C library to keep big freed blocks instead of faulting them in again every step.
+
+    Speeds up eager training on a CPU at the cost of memory that is not given back to the system;
+    holds for the whole process. Returns False where the C library has no such setting (not glibc)
+    or the C++ extension is missing.
+    """
+    try:
+        cpu_kernels()
+    except BackendUnavailable:
+        return False
+    return importlib.import_module("gpt2fast._cpu").keep_freed_memory()

@@ -1,0 +1,1 @@
+"""One room an operation: reference.py, autograd.py and a file per backend."""

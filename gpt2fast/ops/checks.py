@@ -1,0 +1,63 @@
+"""Argument checks shared by the public functions: each error names the argument, what came, what is
+wanted."""
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless `tensor` holds floating-point numbers."""
+    check_tensor(name, tensor)
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Raises ValueError unless `tensor` has `shape`, which `meaning` explains."""
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} ({meaning}), got {tuple(tensor.shape)}"
+        )
+
+
+def check_same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if a.device != b.device:
+        raise ValueError(f"{first} is on {a.device} but {second} is on {b.device}")
+
+
+def check_same_dtype(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Raises TypeError unless both tensors have one dtype."""
+    if a.dtype != b.dtype:
+        raise TypeError(f"{first} is {a.dtype} but {second} is {b.dtype}")
+
+
+def check_parameter(
+    name: str,
+    parameter: Tensor | None,
+    x_name: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    meaning: str,
+) -> None:
+    """Checks an optional weight or bias: floating point, on x's device, of the shape wanted."""
+    if parameter is None:
+        return
+    check_floating(name, parameter)
+    check_shape(name, parameter, shape, meaning)
+    check_same_device(name, parameter, x_name, x)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """fp32 tensors in autocast's dtype where autocast is on, as torch does for matrix products."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype != torch.float32 else t.to(dtype) for t in tensors)

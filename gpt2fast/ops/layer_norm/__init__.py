@@ -1,0 +1,1 @@
+"""Layer norm, and residual add + layer norm in one pass."""

@@ -1,0 +1,81 @@
+"""The public layer norm functions."""
+
+from torch import Tensor
+
+from gpt2fast.backends import choose
+from gpt2fast.ops.checks import (
+    check_floating,
+    check_parameter,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
+from gpt2fast.ops.layer_norm import autograd, reference
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    check_floating("x", x)
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(
+            f"x must have a last dimension of at least one, got shape {tuple(x.shape)}"
+        )
+    meaning = "the last dimension of x"
+    check_parameter("weight", weight, "x", x, (x.shape[-1],), meaning)
+    check_parameter("bias", bias, "x", x, (x.shape[-1],), meaning)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Layer norm over the last dimension: (x - mean) / sqrt(var + eps) * weight + bias.
+
+    Args:
+        x: (..., C), float32, bfloat16 or float16; rows may be strided.
+        weight: (C,) or None (ones). May be float32 beside a half-precision x.
+        bias: (C,) or None (zeros).
+        eps: added to the variance.
+
+    Returns:
+        A tensor of x's shape and dtype. Statistics are fp32 whatever x's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named.
+
+    Source: Ba et al. 2016, "Layer Normalization", https://arxiv.org/abs/1607.06450.
+    """
+    _check(x, weight, bias)
+    backend = choose(x)
+    if backend == "reference":
+        return reference.layer_norm(x, weight, bias, eps)
+    return autograd.LayerNorm.apply(x, weight, bias, eps, backend)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Residual add and layer norm in one pass over memory: s = x + residual, y = layer_norm(s).
+
+    Args:
+        x: (..., C), float32, bfloat16 or float16.
+        residual: like x.
+        weight, bias, eps: as for :func:`layer_norm`.
+
+    Returns:
+        (s, y), both of x's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named.
+    """
+    _check(x, weight, bias)
+    check_floating("residual", residual)
+    check_shape("residual", residual, tuple(x.shape), "that of x")
+    check_same_dtype("residual", residual, "x", x)
+    check_same_device("residual", residual, "x", x)
+    backend = choose(x)
+    if backend == "reference":
+        return reference.add_layer_norm(x, residual, weight, bias, eps)
+    return autograd.AddLayerNorm.apply(x, residual, weight, bias, eps, backend)
