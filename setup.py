@@ -1,7 +1,7 @@
 """Builds the extensions with CMake; an extension that cannot be built is left out with its reason.
 
 The reason and the compiler are written to gpt2fast/_build_info.json, which `gpt2fast info` shows.
-GPT2FAST_REQUIRE=cpu,cuda turns a missing part into an error; GPT2FAST_SKIP=cpu,cuda leaves a part out.
+GPT2FAST_REQUIRE=cpu,cuda turns a missing part into an error; GPT2FAST_SKIP=cpu,cuda leaves it out.
 """
 
 import json
@@ -70,7 +70,7 @@ def compiler_version() -> str:
 
 
 class CMakeBuild(build_ext):
-    """Runs one CMake configure and build per part, in build/<part>-<tag>, which later builds reuse."""
+    """One CMake configure and build per part, in build/<part>-<tag>, which later builds reuse."""
 
     def run(self) -> None:
         self.report: dict[str, dict[str, str | bool]] = {}

@@ -1,6 +1,6 @@
 """What can run here, why not, and which backend an op uses.
 
-A backend is a set of kernels: ``reference`` (plain PyTorch), ``cpu`` (C++), ``triton`` and ``cuda``.
+A backend is a set of kernels: ``reference`` (plain PyTorch), ``cpu`` (C++), ``triton``, ``cuda``.
 The choice is automatic by device and dtype; :func:`use_backend` and the environment variable
 ``GPT2FAST_BACKEND`` override it. Kernels load at first use, so that importing gpt2fast never fails.
 """
@@ -172,7 +172,7 @@ def choose(tensor: torch.Tensor) -> str:
         )
     if tensor.dtype not in KERNEL_DTYPES:
         raise TypeError(
-            f"backend {forced!r} has kernels for float32, bfloat16 and float16, not for {tensor.dtype}"
+            f"backend {forced!r} has kernels for float32, bfloat16 and float16, not {tensor.dtype}"
         )
     return forced
 

@@ -15,8 +15,9 @@ def register(
     """Defines ``torch.ops.gpt2fast.<name>`` from its schema and returns it.
 
     `implementation` serves every device: it looks its backend up by the op's `backend` argument.
-    `fake` gives the outputs' shapes, dtypes and strides without reading data. The op has no autograd
-    formula: an ``autograd.Function`` calls it, which costs less per call than ``register_autograd``.
+    `fake` gives the outputs' shapes, dtypes and strides without reading data. The op has no
+    autograd formula: an ``autograd.Function`` calls it, which costs less a call than
+    ``register_autograd``.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

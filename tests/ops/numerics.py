@@ -31,7 +31,7 @@ def _run(
     arguments = dict(inputs)
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
-            # clone keeps expanded and strided layouts apart from the leaf: the leaf has the base's values
+            # the layout is part of the input: a leaf keeps its strides
             leaf = value.detach().to(dtype)
             leaf = torch.empty_strided(leaf.shape, value.stride(), dtype=dtype).copy_(leaf)
             arguments[name] = leaves[name] = leaf.requires_grad_(name in wanted)

@@ -146,7 +146,7 @@ def test_wrong_arguments(arguments: tuple, error: type[Exception], message: str)
 def test_wrong_residual() -> None:
     with pytest.raises(ValueError, match="residual must have shape"):
         add_layer_norm(torch.zeros(3, 4), torch.zeros(4))
-    with pytest.raises(TypeError, match="residual is torch.float64 but x is torch.float32"):
+    with pytest.raises(TypeError, match=r"residual is torch\.float64 but x is torch\.float32"):
         add_layer_norm(torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.float64))
 
 

@@ -157,12 +157,15 @@ class AddLayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         total, y, mean, rstd = add_layer_norm_forward(x, residual, weight, bias, eps, backend)
         ctx.save_for_backward(total, weight, bias, mean, rstd)
+        ctx.set_materialize_grads(False)  # the last sum of a model has no gradient of its own
         ctx.backend = backend
         return total, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dsum: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dsum, dsum, None, None, None, None
         total, weight, bias, mean, rstd = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         dx, dweight, dbias = layer_norm_backward(

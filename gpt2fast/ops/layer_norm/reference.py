@@ -6,8 +6,8 @@ from torch import Tensor
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
-    parameters = [p if p is None else p.to(x.dtype) for p in (weight, bias)]
-    return torch.nn.functional.layer_norm(x, (x.shape[-1],), *parameters, eps=eps)
+    weight, bias = (p if p is None else p.to(x.dtype) for p in (weight, bias))
+    return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def add_layer_norm(

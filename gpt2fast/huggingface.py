@@ -1,0 +1,170 @@
+"""GPT-2 folders in Hugging Face's format: config.json and model.safetensors.
+
+Hugging Face keeps the four projections of a block as Conv1D, (in, out): transposed against
+nn.Linear. Files of other GPT-2 checkpoints may lack the ``transformer.`` prefix, and may carry the
+causal mask as ``attn.bias`` and ``attn.masked_bias`` and the tied head as ``lm_head.weight``.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gpt2fast.model import GPT
+
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+
+
+def load(folder: str | Path, *, dropout: float = 0.0) -> "GPT":
+    """See :meth:`gpt2fast.GPT.from_pretrained`."""
+    from gpt2fast.model import GPT, GPTConfig
+
+    folder = Path(folder)
+    described = _read_config(folder)
+    config = GPTConfig(
+        n_layer=described["n_layer"],
+        n_head=described["n_head"],
+        n_embd=described["n_embd"],
+        vocab_size=described["vocab_size"],
+        block_size=described["n_positions"],
+        dropout=dropout,
+        layer_norm_epsilon=described.get("layer_norm_epsilon", 1e-5),
+    )
+    with torch.device("meta"):
+        model = GPT(config)
+    state = model.state_dict()
+    tensors = _read_tensors(folder)
+    if missing := sorted(state.keys() - tensors.keys()):
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first {missing[0]}")
+    if unknown := sorted(tensors.keys() - state.keys()):
+        raise ValueError(f"{folder}: {len(unknown)} unknown tensors, the first {unknown[0]}")
+    for name, wanted in state.items():
+        tensor = tensors[name]
+        if name.endswith(CONV1D):
+            tensor = tensor.t()
+        if name == "transformer.wte.weight" and tensor.shape[0] == config.vocab_size:
+            pad = config.padded_vocab_size - config.vocab_size
+            tensor = torch.cat([tensor, tensor.new_zeros(pad, tensor.shape[1])])
+        if tensor.shape != wanted.shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, config.json implies"
+                f" {tuple(wanted.shape)}"
+            )
+        state[name] = tensor.contiguous()
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {folder} is not a Hugging Face GPT-2 folder")
+    try:
+        described = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if described.get("model_type") != "gpt2":
+        raise ValueError(f"{path}: model_type is {described.get('model_type')!r}, not 'gpt2'")
+    activation = described.get("activation_function", "gelu_new")
+    if activation not in TANH_GELU:
+        raise ValueError(
+            f"{path}: activation_function {activation!r} is not the tanh-GELU of GPT-2"
+        )
+    for name, wanted in (
+        ("tie_word_embeddings", True),
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        if described.get(name, wanted) != wanted:
+            raise ValueError(f"{path}: {name}={described[name]} is not supported, only {wanted} is")
+    width, hidden = described.get("n_embd"), described.get("n_inner")
+    if hidden not in (None, 4 * (width or 0)):
+        raise ValueError(f"{path}: n_inner={hidden} is not supported, only 4 * n_embd is")
+    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"):
+        if not isinstance(described.get(name), int):
+            raise ValueError(f"{path}: {name} is {described.get(name)!r}, not an integer")
+    return described
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of one or several safetensors files, under this package's names."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        path = folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dict
+                    full = (
+                        name
+                        if name.startswith(("transformer.", "lm_head."))
+                        else f"transformer.{name}"
+                    )
+                    if full == "lm_head.weight" or full.endswith(
+                        (".attn.bias", ".attn.masked_bias")
+                    ):
+                        continue
+                    tensors[full] = opened.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read, it may be cut short: {error}") from error
+    return tensors
+
+
+def save(model: "GPT", folder: str | Path) -> None:
+    """See :meth:`gpt2fast.GPT.save_pretrained`."""
+    config = model.config
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach()
+        if name == "transformer.wte.weight":
+            tensor = tensor[: config.vocab_size]
+        if name.endswith(CONV1D):
+            tensor = tensor.t()
+        tensors[name] = tensor.cpu().contiguous()
+    end_of_text = 50256 if config.vocab_size == 50257 else None
+    described = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": None,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "vocab_size": config.vocab_size,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+    }
+    temporary = folder / f".model.safetensors.{os.getpid()}"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / "model.safetensors")
+        temporary.write_text(json.dumps(described, indent=2) + "\n")
+        os.replace(temporary, folder / "config.json")
+    finally:
+        temporary.unlink(missing_ok=True)

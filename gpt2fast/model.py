@@ -1,0 +1,286 @@
+"""GPT-2: configuration, model, key/value cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gpt2fast import functional
+from gpt2fast.nn import Block, LayerNorm, init_gpt2
+from gpt2fast.optim import AdamW
+
+__all__ = ["GPT", "GPTConfig", "KVCache"]
+
+#: n_layer, n_head, n_embd: the four sizes of GPT-2 and three for a laptop.
+SIZES = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+    "nano": (4, 4, 128),
+    "micro": (4, 4, 256),
+    "mini": (6, 6, 384),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2.
+
+    `vocab_size` counts the classes; the embedding and the tied head have `padded_vocab_size` rows,
+    the next multiple of `pad_vocab_to` (50257 -> 50304). Pad rows are zero, never a target, never
+    sampled, and carry no probability in the loss.
+
+    Raises:
+        ValueError: a size below one, n_embd not divisible by n_head, or dropout not in [0, 1).
+    """
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    vocab_size: int = 50257
+    block_size: int = 1024
+    dropout: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    pad_vocab_to: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "pad_vocab_to"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: int | float) -> GPTConfig:
+        """A named size; keyword arguments override single fields.
+
+        >>> GPTConfig.from_name("gpt2").n_embd
+        768
+        """
+        if name not in SIZES:
+            raise ValueError(f"unknown model {name!r}; known are {', '.join(SIZES)}")
+        n_layer, n_head, n_embd = SIZES[name]
+        shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        return cls(**{**shape, **overrides})  # type: ignore[arg-type]
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the tied head."""
+        return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
+
+
+class KVCache:
+    """Keys and values of the positions seen so far: `capacity` positions of a batch.
+
+    Args:
+        config: the model's shape.
+        batch_size: B.
+        capacity: how many positions fit, at most and by default block_size.
+        dtype, device: those of the model's activations.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        capacity: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.capacity = config.block_size if capacity is None else capacity
+        if not 1 <= self.capacity <= config.block_size:
+            raise ValueError(
+                f"capacity must be between 1 and block_size={config.block_size}, got {capacity}"
+            )
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, self.capacity, config.n_head, head_size)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def appender(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """For `layer`: stores new keys and values (B, T, H, D) and returns views of all."""
+
+        def append(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            end = self.length + key.shape[1]
+            self.keys[layer][:, self.length : end] = key
+            self.values[layer][:, self.length : end] = value
+            return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+        return append
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks and the final norm: everything below the tied head."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """See :meth:`GPT.hidden`."""
+        position = 0 if cache is None else cache.length
+        x = functional.embedding(idx, self.wte.weight, self.wpe.weight, position)
+        x = self.drop(x)
+        blocks = [block for block in self.h if isinstance(block, Block)]
+        norms = [*(block.ln_1 for block in blocks), self.ln_f]
+        y = norms[0](x)
+        for layer, (block, norm) in enumerate(zip(blocks, norms[1:], strict=True)):
+            x, branch = block.branches(x, y, None if cache is None else cache.appender(layer))
+            x, y = norm.add(x, branch)
+        if cache is not None:
+            cache.length += idx.shape[1]
+        return y
+
+
+class GPT(nn.Module):
+    """GPT-2 with pre-norm blocks, learned positions and a head tied to the token embedding.
+
+    The state_dict has nanoGPT's names (``transformer.h.0.attn.c_attn.weight``, nn.Linear layout),
+    without the tied ``lm_head.weight``. Runs wholly on plain PyTorch under
+    ``gpt2fast.use_backend("reference")``.
+
+    >>> model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=10, block_size=16))
+    >>> idx = torch.zeros(2, 5, dtype=torch.int64)
+    >>> model(idx).shape
+    torch.Size([2, 5, 10])
+    >>> logits, loss = model(idx, targets=idx)
+    """
+
+    def __init__(self, config: GPTConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        init_gpt2(self, config.n_layer, generator)
+        with torch.no_grad():
+            self.transformer.wte.weight[config.vocab_size :].zero_()
+
+    def num_parameters(self) -> int:
+        """All parameters, the padding of the vocabulary included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of forward and backward per token at sequence length `length`, by multiplications.
+
+        6 per matrix weight (the tied head once, no embedding look-up) and 6 T C a layer for the
+        causal half of the attention: 12 T C / 2 (Chowdhery et al. 2022, appendix B).
+        """
+        config = self.config
+        weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
+        return 6.0 * weights + 6.0 * config.n_layer * length * config.n_embd
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The final norm's output (B, T, C) for token ids idx (B, T), before the head.
+
+        With a cache, idx continues the positions that the cache holds and is added to it.
+
+        Raises:
+            TypeError, ValueError: idx is not a (B, T) integer tensor, or too long.
+        """
+        if not isinstance(idx, Tensor) or idx.dim() != 2:
+            raise ValueError(f"idx must be a tensor of shape (B, T), got {_describe(idx)}")
+        position = 0 if cache is None else cache.length
+        limit = self.config.block_size if cache is None else cache.capacity
+        if position + idx.shape[1] > limit:
+            raise ValueError(
+                f"idx has {idx.shape[1]} positions after {position} cached ones, more than {limit}"
+            )
+        return self.transformer(idx, cache)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocab_size) of hidden states (..., C); a view without the pad columns."""
+        logits = nn.functional.linear(hidden, self.transformer.wte.weight)
+        return logits[..., : self.config.vocab_size]
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = False
+    ) -> Tensor | tuple[Tensor | None, Tensor]:
+        """Logits, or logits and loss.
+
+        Args:
+            idx: token ids (B, T), int64, T <= block_size.
+            targets: token ids (B, T) that each position should predict; -100 is left out.
+            return_logits: also give the logits beside the loss, at the cost of their memory.
+
+        Returns:
+            Without targets the logits (B, T, vocab_size); with targets (logits or None, mean loss
+            in nats, fp32).
+
+        Raises:
+            TypeError, ValueError: a wrong argument, named.
+            IndexError: a token id outside the vocabulary (CPU backend; elsewhere by contract).
+        """
+        hidden = self.hidden(idx)
+        if targets is None:
+            return self.head(hidden)
+        if not isinstance(targets, Tensor) or targets.shape != idx.shape:
+            raise ValueError(
+                f"targets must have the shape of idx, {tuple(idx.shape)}, got {_describe(targets)}"
+            )
+        if not return_logits:
+            loss = functional.linear_cross_entropy(
+                hidden, self.transformer.wte.weight, targets, vocab_size=self.config.vocab_size
+            )
+            return None, loss
+        logits = self.head(hidden)
+        return logits, functional.cross_entropy(logits, targets)
+
+    @torch.no_grad()
+    def forward_cached(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, vocab_size) of the last position of idx (B, T), which continues `cache`."""
+        return self.head(self.hidden(idx, cache)[:, -1])
+
+    def configure_optimizer(
+        self,
+        lr: float = 6e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        max_norm: float | None = None,
+    ) -> AdamW:
+        """AdamW with GPT-2's groups: matrices and embeddings decay, biases and norms do not.
+
+        `max_norm` clips the global gradient norm inside the step (None: no clipping).
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return AdamW(groups, lr=lr, betas=betas, eps=eps, max_norm=max_norm)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dropout: float = 0.0) -> GPT:
+        """A model in evaluation mode from a Hugging Face GPT-2 folder (config.json, safetensors).
+
+        Raises:
+            FileNotFoundError: the folder or a file in it is missing.
+            ValueError: it is not a GPT-2, or its tensors do not fit its configuration.
+        """
+        from gpt2fast import huggingface
+
+        return huggingface.load(folder, dropout=dropout)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors, which GPT2LMHeadModel.from_pretrained opens.
+
+        Existing files of these names are replaced, each in one step; the folder is made if needed.
+        """
+        from gpt2fast import huggingface
+
+        huggingface.save(self, folder)
+
+
+def _describe(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

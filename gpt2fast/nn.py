@@ -1,0 +1,200 @@
+"""Modules on the fast functions: drop-ins with the constructor and state_dict of what they replace.
+
+`LayerNorm`, `GELU` and `CrossEntropyLoss` stand in for torch.nn's; `CausalSelfAttention`, `MLP` and
+`Block` for those of nanoGPT-style scripts, whose config object they read (n_embd, n_head, dropout,
+and bias, True where missing).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2fast import functional
+
+__all__ = ["GELU", "MLP", "Block", "CausalSelfAttention", "CrossEntropyLoss", "LayerNorm"]
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm over the last dimension, on :func:`gpt2fast.functional.layer_norm`.
+
+    Raises:
+        ValueError: `normalized_shape` has more than one dimension.
+    """
+
+    def __init__(self, normalized_shape: int | list[int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(normalized_shape, *args, **kwargs)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(
+                f"normalized_shape must be one dimension, got {tuple(self.normalized_shape)}"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., C)."""
+        return functional.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """s = x + branch and the norm of s in one pass: two tensors of x's shape (..., C)."""
+        return functional.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
+
+
+class GELU(nn.GELU):
+    """torch.nn.GELU(approximate="tanh"), GPT-2's form, on :func:`gpt2fast.functional.gelu`.
+
+    Raises:
+        ValueError: another form is asked for; it would not be the same function.
+    """
+
+    def __init__(self, approximate: str = "tanh") -> None:
+        if approximate != "tanh":
+            raise ValueError(f'approximate must be "tanh" (GPT-2\'s GELU), got {approximate!r}')
+        super().__init__(approximate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise on any shape."""
+        return functional.gelu(x)
+
+
+class CrossEntropyLoss(nn.Module):
+    """torch.nn.CrossEntropyLoss for logits (N, V) and class indices (N,).
+
+    Args:
+        ignore_index, reduction, label_smoothing: as in torch.
+        z_loss: weight of lse^2, see :func:`gpt2fast.functional.cross_entropy`.
+        inplace_backward: the gradient overwrites the logits, which saves a tensor of their size.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.inplace_backward = inplace_backward
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits (N, V), targets (N,) -> the loss, a scalar or (N,) for reduction="none"."""
+        if logits.dim() != 2:
+            raise ValueError(
+                f"logits must be (N, V), got {tuple(logits.shape)}: torch's (N, V, ...) layout has"
+                " the classes second; flatten to (N, V) first"
+            )
+        return functional.cross_entropy(
+            logits,
+            targets,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            inplace_backward=self.inplace_backward,
+        )
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention with packed qkv: c_attn (C -> q|k|v), c_proj (C -> C).
+
+    Raises:
+        ValueError: n_embd is not divisible by n_head.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
+        bias = getattr(config, "bias", True)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.n_embd = config.n_embd
+        self.dropout = config.dropout
+
+    def forward(
+        self, x: Tensor, append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C).
+
+        `append` takes this call's keys and values (B, T, H, D) and returns those of all positions
+        so far, for decoding with a key/value cache.
+        """
+        batch, length, _ = x.shape
+        packed = (batch, length, 3, self.n_head, self.n_embd // self.n_head)
+        qkv = self.c_attn(x).view(packed)
+        dropout = self.dropout if self.training else 0.0
+        if append is None:
+            y = functional.flash_attn_qkvpacked_func(qkv, dropout_p=dropout, causal=True)
+        else:
+            query, key, value = qkv.unbind(2)
+            y = functional.flash_attn_func(
+                query, *append(key, value), dropout_p=dropout, causal=True
+            )
+        return self.resid_dropout(self.c_proj(y.reshape(batch, length, self.n_embd)))
+
+
+class MLP(nn.Module):
+    """c_proj(gelu(c_fc(x))) with GPT-2's tanh-GELU, whose hidden width is 4 C.
+
+    nanoGPT's own MLP uses the erf form of GELU, which differs by up to 5e-4 and is not the one that
+    OpenAI's weights were trained with.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        bias = getattr(config, "bias", True)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., C)."""
+        fc, proj = self.c_fc, self.c_proj
+        return self.dropout(functional.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        bias = getattr(config, "bias", True)
+        eps = getattr(config, "layer_norm_epsilon", 1e-5)
+        self.ln_1 = LayerNorm(config.n_embd, eps=eps, bias=bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, eps=eps, bias=bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x, y = self.branches(x, self.ln_1(x))
+        return x + y
+
+    def branches(
+        self,
+        x: Tensor,
+        y: Tensor,
+        append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """From x and y = ln_1(x): x after the attention, and the MLP's branch, not yet added.
+
+        The caller adds the branch together with the next norm, in one pass over memory.
+        """
+        x, y = self.ln_2.add(x, self.attn(y, append))
+        return x, self.mlp(y)
+
+
+def init_gpt2(module: nn.Module, n_layer: int, generator: torch.Generator | None = None) -> None:
+    """GPT-2's init: N(0, 0.02), biases 0, norms 1 and 0, c_proj 0.02 / sqrt(2 n_layer)."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() < 2:
+            nn.init.ones_(parameter) if name.endswith("weight") else nn.init.zeros_(parameter)
+        else:
+            std = 0.02 / (2 * n_layer) ** 0.5 if name.endswith("c_proj.weight") else 0.02
+            nn.init.normal_(parameter, std=std, generator=generator)
