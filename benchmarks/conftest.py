@@ -1,0 +1,85 @@
+"""Hands interleaved timings to pytest-benchmark and prints one table an op at the end."""
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import harness, report
+from gpt2fast import backends
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = True  # our tables follow, grouped by op
+
+
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    machine_info["torch"] = torch.__version__
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["backend"] = backends.status("cpu").detail
+    machine_info["platform"] = platform.platform()
+
+
+class Replay:
+    """A timer that repeats durations measured before.
+
+    pytest-benchmark times one function at a time, which cannot be interleaved. The variants are
+    timed by the harness; this hands the samples over, so that saving and comparing work as usual.
+    """
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds = iter(seconds)
+        self.now = 0.0
+        self.started = False
+
+    def __call__(self) -> float:
+        if self.started:
+            self.now += next(self.seconds)
+        self.started = not self.started
+        return self.now
+
+
+@pytest.fixture(scope="session")
+def measured_cases() -> dict[object, dict[str, harness.Measured]]:
+    return {}
+
+
+@pytest.fixture
+def bench(
+    benchmark: Any, measured_cases: dict[object, dict[str, harness.Measured]]
+) -> Callable[[Callable[[], harness.Case], str, str], None]:
+    """bench(make, variant, direction) measures the case of make() once and reports one entry."""
+
+    def run(make: Callable[[], harness.Case], variant: str, direction: str) -> None:
+        if make not in measured_cases:
+            torch.manual_seed(0)
+            measured_cases[make] = harness.measure(make())
+        measured = measured_cases[make][variant]
+        numbers = {**measured.numbers(direction), "variant": variant}
+        report_to(benchmark, measured.seconds[direction], numbers)
+
+    return run
+
+
+def report_to(benchmark: Any, seconds: list[float], numbers: dict[str, Any]) -> None:
+    """Gives one variant's samples and its derived numbers to pytest-benchmark."""
+    benchmark.group = f"{numbers['op']} {numbers['label']} {numbers['direction']}"
+    benchmark.extra_info.update(numbers)
+    benchmark._timer = Replay(seconds)
+    benchmark.pedantic(lambda: None, rounds=len(seconds), iterations=1)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    rows = [
+        {**bench.extra_info, "median": bench.stats.median}
+        for bench in (session.benchmarks if session else [])
+        if bench.extra_info.get("op") and bench.stats.rounds
+    ]
+    if rows:
+        terminalreporter.write_line("")
+        terminalreporter.write_line(report.tables(rows))

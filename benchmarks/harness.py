@@ -1,0 +1,220 @@
+"""Timing of one op's variants, interleaved in one process, against ceilings measured in between.
+
+A case is one op at one shape and dtype. Its variants run in turn, round after round, each timed for
+forward and backward, so that a change of the machine's speed meets all of them. Between the rounds
+the machine's ceilings are measured too (copy bandwidth, fp32 matrix product), and the floor of the
+case is max(bytes / bandwidth, FLOPs / rate): no version runs much faster than that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gpt2fast
+
+DIRECTIONS = ("forward", "backward", "both")
+SECONDS = 2.5  # what one case may take after its warm-up
+ROUNDS = range(5, 31)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    `variants` maps a name to a function of `inputs`, which returns one tensor or a tuple; every
+    floating-point input gets a gradient. `forward` and `backward` are (bytes moved, FLOPs): each
+    input read once and each output written once, the least that any implementation does.
+    """
+
+    op: str
+    label: str
+    inputs: dict[str, Any]
+    variants: dict[str, Callable[..., Any]]
+    forward: tuple[float, float]
+    backward: tuple[float, float] | None  # None: the op has no gradient
+
+    def cost(self, direction: str) -> tuple[float, float]:
+        """(bytes, FLOPs) of a direction."""
+        if direction == "forward":
+            return self.forward
+        assert self.backward is not None
+        if direction == "backward":
+            return self.backward
+        return self.forward[0] + self.backward[0], self.forward[1] + self.backward[1]
+
+
+@dataclasses.dataclass
+class Measured:
+    """Seconds of each round by direction, and what derived numbers need."""
+
+    case: Case
+    seconds: dict[str, list[float]]
+    peak: int  # most bytes that torch had allocated at once
+    ceilings: tuple[float, float]  # bytes/s and FLOP/s, medians of the same rounds
+
+    def numbers(self, direction: str) -> dict[str, Any]:
+        """What a table shows of one direction."""
+        moved, flops = self.case.cost(direction)
+        median = statistics.median(self.seconds[direction])
+        floor = max(moved / self.ceilings[0], flops / self.ceilings[1])
+        return {
+            "op": self.case.op,
+            "label": self.case.label,
+            "direction": direction,
+            "bytes": moved,
+            "flops": flops,
+            "compute_bound": flops / self.ceilings[1] > moved / self.ceilings[0],
+            "gigabytes_per_second": moved / median / 1e9,
+            "gigaflops_per_second": flops / median / 1e9,
+            "floor_seconds": floor,
+            "fraction_of_roofline": floor / median,
+            "peak_bytes": self.peak,
+        }
+
+
+@cache
+def _probe_data() -> tuple[Tensor, ...]:
+    flat = torch.randn(16 << 20)
+    a, b = torch.randn(1024, 768), torch.randn(768, 3072)
+    return flat, torch.empty_like(flat), a, b, torch.empty(1024, 3072)
+
+
+def ceilings() -> tuple[float, float]:
+    """(bytes/s of a 64 MB copy, reads and writes counted; FLOP/s of an fp32 matrix product)."""
+    source, target, a, b, out = _probe_data()
+    start = time.perf_counter()
+    target.copy_(source)
+    middle = time.perf_counter()
+    torch.mm(a, b, out=out)
+    end = time.perf_counter()
+    return 2 * source.nbytes / (middle - start), 2 * 1024 * 768 * 3072 / (end - middle)
+
+
+def cases(
+    *makers: Callable[[], Case],
+    variants: Sequence[str] = ("torch eager", "torch.compile", "gpt2fast cpu"),
+    directions: Sequence[str] = DIRECTIONS,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Parametrises a benchmark by case (made lazily), variant and direction."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        for name, values in (("direction", directions), ("variant", variants), ("make", makers)):
+            ids = [getattr(v, "__name__", v) for v in values] if name != "make" else None
+            test = pytest.mark.parametrize(name, values, ids=ids)(test)
+        return test
+
+    return decorate
+
+
+def reference(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` on the plain PyTorch backend."""
+    return _on("reference", function)
+
+
+def cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` on the C++ backend."""
+    return _on("cpu", function)
+
+
+def _on(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(**inputs: Any) -> Any:
+        with gpt2fast.use_backend(backend):
+            return function(**inputs)
+
+    return run
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` through torch.compile with static shapes, inductor's default settings."""
+    return torch.compile(function, dynamic=False)
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [r for r in result if isinstance(r, Tensor)]
+
+
+def _leaves(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.detach().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _once(case: Case, variant: str, upstream: Sequence[Tensor]) -> tuple[float, float]:
+    """Seconds of one forward and one backward; results are dropped outside the timed part."""
+    leaves = _leaves(case.inputs)
+    start = time.perf_counter()
+    result = case.variants[variant](**leaves)
+    middle = time.perf_counter()
+    if case.backward is None:
+        return middle - start, 0.0
+    pairs = [(o, g) for o, g in zip(_outputs(result), upstream, strict=True) if o.requires_grad]
+    wanted = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
+    begin = time.perf_counter()
+    grads = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs])
+    end = time.perf_counter()
+    del grads, result
+    return middle - start, end - begin
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """The most bytes that torch had allocated at once in run(), beside what was there before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    total = peak = 0
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total)
+    return peak
+
+
+def measure(case: Case) -> dict[str, Measured]:
+    """Every variant of a case, interleaved."""
+    probe = case.variants[next(iter(case.variants))](**_leaves(case.inputs))
+    upstream = [torch.randn_like(output) for output in _outputs(probe)]
+    del probe
+    peaks = {}
+    for name in case.variants:
+        _once(case, name, upstream)
+        peaks[name] = peak_memory(lambda name=name: _once(case, name, upstream))  # type: ignore[misc]
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in case.variants}
+    bandwidths, rates = [], []
+    ceilings()
+    start = time.perf_counter()
+    for done in range(ROUNDS.stop):
+        if done >= ROUNDS.start and time.perf_counter() - start > SECONDS:
+            break
+        bandwidth, rate = ceilings()
+        bandwidths.append(bandwidth)
+        rates.append(rate)
+        for name in case.variants:
+            times[name].append(_once(case, name, upstream))
+    medians = statistics.median(bandwidths), statistics.median(rates)
+    return {
+        name: Measured(
+            case,
+            {
+                "forward": [f for f, _ in pairs],
+                "backward": [b for _, b in pairs],
+                "both": [f + b for f, b in pairs],
+            },
+            peaks[name],
+            medians,
+        )
+        for name, pairs in times.items()
+    }
