@@ -5,12 +5,16 @@ from gpt2fast.ops.attention.functional import (
     flash_attn_qkvpacked_func,
     scaled_dot_product_attention,
 )
+from gpt2fast.ops.cross_entropy.functional import cross_entropy
 from gpt2fast.ops.layer_norm.functional import add_layer_norm, layer_norm
+from gpt2fast.ops.linear_cross_entropy.functional import linear_cross_entropy
 
 __all__ = [
     "add_layer_norm",
+    "cross_entropy",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "layer_norm",
+    "linear_cross_entropy",
     "scaled_dot_product_attention",
 ]
