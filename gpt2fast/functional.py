@@ -6,6 +6,8 @@ from gpt2fast.ops.attention.functional import (
     scaled_dot_product_attention,
 )
 from gpt2fast.ops.cross_entropy.functional import cross_entropy
+from gpt2fast.ops.gelu.functional import gelu
+from gpt2fast.ops.gelu_mlp.functional import gelu_mlp
 from gpt2fast.ops.layer_norm.functional import add_layer_norm, layer_norm
 from gpt2fast.ops.linear_cross_entropy.functional import linear_cross_entropy
 
@@ -14,6 +16,8 @@ __all__ = [
     "cross_entropy",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
+    "gelu",
+    "gelu_mlp",
     "layer_norm",
     "linear_cross_entropy",
     "scaled_dot_product_attention",
