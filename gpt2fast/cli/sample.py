@@ -1,0 +1,110 @@
+"""``gpt2fast sample``: text from a trained model.
+
+One sample is printed as it is drawn; several are drawn as one batch and printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+HELP = "sample text from a run, a checkpoint or a Hugging Face GPT-2 folder"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``gpt2fast sample``."""
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        metavar="FOLDER",
+        help="run, checkpoint or Hugging Face folder (default: the newest run in runs/)",
+    )
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="how the text begins")
+    parser.add_argument("--max-new-tokens", type=int, default=300, metavar="N", help="[300]")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="[0.8]")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest only")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest that sum to P only"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="for the same text again")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="[1]")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--no-cache", action="store_true", help="without the key/value cache")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the samples to stdout and the speed to stderr."""
+    import torch
+
+    from gpt2fast.generation import prompt_tokens, stream
+    from gpt2fast.model import GPT
+    from gpt2fast.training.checkpoint import find_model, load_tokenizer
+
+    for name in ("num_samples", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    damaged: list[str] = []
+    folder = find_model(args.folder, damaged)
+    for problem in damaged:
+        print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {device}: not there; use auto, cpu or cuda")
+    model = GPT.from_pretrained(folder).to(device)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    prompt = prompt_tokens(tokenizer, args.prompt).expand(args.num_samples, -1)
+
+    began = time.perf_counter()
+    count = 0
+
+    def counted() -> Iterator[torch.Tensor]:
+        nonlocal count
+        for tokens in stream(
+            model,
+            prompt.to(device),
+            args.max_new_tokens,
+            temperature=0.0 if args.greedy else args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            generator=args.seed,
+            stop_token=tokenizer.eot_token,
+            use_cache=not args.no_cache,
+        ):
+            count += 1
+            yield tokens
+
+    def until_end(tokens: Iterator[int]) -> Iterator[int]:
+        for token in tokens:
+            if token == tokenizer.eot_token:
+                return
+            yield token
+
+    if args.num_samples == 1:
+        sys.stdout.write(args.prompt)
+        sys.stdout.flush()
+        for text in tokenizer.decode_stream(until_end(int(row[0]) for row in counted())):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+    else:
+        columns = list(counted())
+        for index in range(args.num_samples):
+            text = "".join(
+                tokenizer.decode_stream(until_end(int(column[index]) for column in columns))
+            )
+            print(f"--- sample {index + 1} of {args.num_samples} ---\n{args.prompt}{text}")
+    sys.stdout.flush()
+    seconds = time.perf_counter() - began
+    total = count * args.num_samples
+    print(f"{total} tokens, {total / max(seconds, 1e-9):,.0f} tokens/s, {folder}", file=sys.stderr)
+    return 0

@@ -1,0 +1,307 @@
+"""The training loop: steps, validation, checkpoints, and where to go on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gpt2fast.data import BatchLoader, TokenDataset, sequential_batches
+from gpt2fast.training.checkpoint import Checkpoint, save_checkpoint
+from gpt2fast.training.config import TrainConfig
+from gpt2fast.training.interrupt import StopSignals
+from gpt2fast.training.progress import Progress
+from gpt2fast.training.runs import CHECKPOINTS, METRICS
+from gpt2fast.training.schedule import FinalDecay, learning_rate, plan_final_decay
+
+if TYPE_CHECKING:
+    from gpt2fast.model import GPT
+    from gpt2fast.optim import AdamW
+
+__all__ = ["Diverged", "Outcome", "Trainer", "autocast", "evaluate", "make_optimizer"]
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How `Trainer.train` ended: the step, the checkpoint of it, and the signal if one came."""
+
+    step: int
+    checkpoint: Checkpoint
+    signal: int | None
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of forward passes: bfloat16 where the configuration asks for it."""
+    if config.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def make_optimizer(model: GPT, config: TrainConfig) -> AdamW:
+    """The AdamW that `config` describes."""
+    return model.configure_optimizer(
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        max_norm=config.clip or None,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    batches: int,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean loss in nats a token over the first `batches` of the data; None if `cancelled`.
+
+    Draws no random numbers, so that a run is the same with more or fewer validations.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = count = 0.0
+    try:
+        for x, y in sequential_batches(dataset, config.batch_size, config.block_size, batches):
+            if cancelled():
+                return None
+            with autocast(config, device):
+                _, loss = model(x.to(device), y.to(device))
+            total += float(loss) * y.numel()
+            count += y.numel()
+    finally:
+        model.train(was_training)
+    return total / count
+
+
+class Trainer:
+    """Trains `model` in the run folder `run` from where it stands to the end of the schedule.
+
+    Args:
+        config: the run's configuration.
+        run: the run's folder; metrics are appended and checkpoints written there.
+        model: on its device; fp32 weights.
+        optimizer: of the model's parameters.
+        train_data, val_data: of one tokenizer, the model's.
+        progress: what the user sees.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        model: GPT,
+        optimizer: AdamW,
+        train_data: TokenDataset,
+        val_data: TokenDataset,
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.model = model
+        self.optimizer = optimizer
+        self.val_data = val_data
+        self.progress = progress
+        self.device = next(model.parameters()).device
+        self.loader = BatchLoader(
+            train_data, config.batch_size, config.block_size, seed=config.seed
+        )
+        self.step = 0
+        self.final: FinalDecay | None = None
+        self.elapsed = 0.0  # seconds of training, earlier sessions included
+        self._forward: Any = torch.compile(model) if config.compile else model
+        self._seconds_per_step: float | None = None
+        self._session: tuple[float, int] = (0.0, 0)  # when this session began, and at which step
+        self._clock = 0.0
+
+    @property
+    def end(self) -> int:
+        """The step at which the run is over, as planned now."""
+        return self.config.max_steps if self.final is None else self.final.end
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that a step trains on."""
+        return self.config.batch_size * self.config.block_size * self.config.grad_accum
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside model, optimizer and random generators: JSON values."""
+        return {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "final": asdict(self.final) if self.final else None,
+            "loader": self.loader.state_dict(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], keep_final: bool = True) -> None:
+        """Go on where `state_dict` was taken; without its final decay if not `keep_final`."""
+        self.loader.load_state_dict(state["loader"])
+        self.step = int(state["step"])
+        self.elapsed = float(state["elapsed"])
+        self.final = FinalDecay(**state["final"]) if state["final"] and keep_final else None
+        for name, here in (("torch", torch.__version__), ("threads", torch.get_num_threads())):
+            if state[name] != here:
+                self.progress.line(
+                    f"note: the run had {name} {state[name]}, here it is {here}: "
+                    "results may differ in the last bits"
+                )
+
+    def train(self) -> Outcome:
+        """Train to the end, or until Ctrl-C or SIGTERM; the last step is saved either way.
+
+        Raises:
+            Diverged: a loss or gradient is not finite; the last checkpoint is from before it.
+            OSError: a checkpoint or the metrics cannot be written; earlier checkpoints are whole.
+        """
+        config = self.config
+        self._session = (self.elapsed, self.step)
+        self._clock = time.perf_counter() - self.elapsed
+        self._cut_metrics()
+        saved: Checkpoint | None = None
+        self.model.train()
+        with (
+            StopSignals() as stop,
+            open(self.run / METRICS, "a", encoding="utf-8", buffering=1) as metrics,
+        ):
+            if self.step == 0 and config.eval_interval:
+                self._validate(metrics, stop)
+            while self.step < self.end and stop.received is None:
+                began = time.perf_counter()
+                record = self._train_step()
+                seconds = time.perf_counter() - began
+                self.elapsed = time.perf_counter() - self._clock
+                self._report(record, seconds, metrics)
+                self._mind_the_time()
+                last = self.step >= self.end
+                if config.eval_interval and self.step % config.eval_interval == 0 and not last:
+                    self._validate(metrics, stop)
+                if config.save_interval and self.step % config.save_interval == 0 and not last:
+                    saved = self.save()
+            if saved is None or saved.step != self.step:
+                saved = self.save()
+        return Outcome(self.step, saved, stop.received)
+
+    def save(self) -> Checkpoint:
+        """Write a checkpoint of this step."""
+        return save_checkpoint(
+            self.run / CHECKPOINTS,
+            self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            tokenizer=self.val_data.tokenizer,
+            config=self.config,
+            trainer=self.state_dict(),
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _train_step(self) -> dict[str, Any]:
+        """One update; returns what is known about it."""
+        config = self.config
+        rate = learning_rate(self.step, config, self.final)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=self.device)
+        for _ in range(config.grad_accum):
+            x, y = next(self.loader)
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            with autocast(config, self.device):
+                _, loss = self._forward(x, y)
+            (loss / config.grad_accum).backward()
+            total += loss.detach()
+        mean = float(total) / config.grad_accum
+        self._check_finite("the loss", mean, rate)  # before the update: the weights stay good
+        self.optimizer.step()
+        norm = self.optimizer.grad_norm
+        norm = None if norm is None else float(norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        if norm is not None:
+            self._check_finite("the gradient's norm", norm, rate)
+        self.step += 1
+        return {"step": self.step, "loss": mean, "lr": rate, "grad_norm": norm}
+
+    def _check_finite(self, what: str, value: float, rate: float) -> None:
+        if math.isfinite(value):
+            return
+        folder = self.run / CHECKPOINTS
+        kept = sorted(path.name for path in folder.glob("step_*"))
+        left = f"The last good checkpoint is {folder / kept[-1]}" if kept else "None was saved yet"
+        raise Diverged(
+            f"{what} is {value} at step {self.step + 1} (lr {rate:.3g}). {left}. "
+            "A lower --lr, a longer --warmup-steps or --clip 1.0 may help"
+        )
+
+    def _report(self, record: dict[str, Any], seconds: float, metrics: Any) -> None:
+        before = self._seconds_per_step
+        self._seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
+        speed = self.tokens_per_step / seconds
+        record |= {"tokens_per_second": round(speed, 1), "elapsed": round(self.elapsed, 3)}
+        metrics.write(json.dumps(record) + "\n")
+        began, first = self._session
+        eta = (self.end - self.step) * (self.elapsed - began) / (self.step - first)
+        if self.config.max_minutes is not None:
+            eta = min(eta, 60 * self.config.max_minutes - self.elapsed)
+        smooth = self.tokens_per_step / self._seconds_per_step
+        self.progress.step(self.step, self.end, record["loss"], smooth, eta)
+
+    def _mind_the_time(self) -> None:
+        """Begin the final decay when the time limit asks for it; end when it is over."""
+        if self.config.max_minutes is None or self.step >= self.end:
+            return
+        left = 60 * self.config.max_minutes - self.elapsed
+        if left <= 0:
+            self.final = FinalDecay(self.step - 1, 1)
+            self.progress.line(f"the time is up at step {self.step}")
+        elif self.final is None:
+            began, first = self._session
+            rate = (self.step - first) / (self.elapsed - began)
+            self.final = plan_final_decay(self.step, self.config.max_steps, rate, left)
+            if self.final is not None:
+                self.progress.line(
+                    f"the time limit cuts the schedule: {self.final.steps} last steps, "
+                    f"to step {self.final.end} of {self.config.max_steps}"
+                )
+
+    def _validate(self, metrics: Any, stop: StopSignals) -> None:
+        loss = evaluate(
+            self.model,
+            self.val_data,
+            self.config,
+            self.config.eval_batches,
+            cancelled=lambda: stop.received is not None,
+        )
+        if loss is None:
+            return
+        self.elapsed = time.perf_counter() - self._clock
+        metrics.write(json.dumps({"step": self.step, "val_loss": loss}) + "\n")
+        self.progress.line(f"step {self.step:,}: validation loss {loss:.4f}")
+
+    def _cut_metrics(self) -> None:
+        """Drop the lines of steps after the checkpoint that this session continues from."""
+        path = self.run / METRICS
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if self.step and json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # cut short by a kill
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
