@@ -152,10 +152,11 @@ GPT2FAST_INLINE void store(T* p, vf x) {
 // The first n < VL elements; the missing ones are `fill`.
 template <class T>
 GPT2FAST_INLINE vf load_n(const T* p, i64 n, float fill = 0.0f) {
+  if (n > VL) __builtin_unreachable();  // gcc warns of bounds otherwise
   T part[VL] = {};
   for (i64 i = 0; i < n; ++i) part[i] = p[i];
   vf x = load(part);
-  for (i64 i = n; i < VL; ++i) x[i] = fill;
+  for (int i = 0; i < VL; ++i) x[i] = i < n ? x[i] : fill;
   return x;
 }
 template <class T>

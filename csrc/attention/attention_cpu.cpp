@@ -1,0 +1,674 @@
+// Softmax attention without the (T x T) matrix in memory.
+//
+//   forward   S = scale q k^T, key j masked for query i where j > i + diagonal;  P = softmax(S)
+//             out = M P v,  lse = log(sum exp S);  M = dropout's mask / (1 - dropout), or 1
+//   backward  P = exp(S - lse),  dP = M (dout v^T),  delta = rowsum(dout out),  dS = P (dP - delta)
+//             dv = (M P)^T dout,  dk = scale dS^T q,  dq = scale dS k
+//   source    Dao et al. 2022, "FlashAttention" (blocks, recomputation); Milakov and Gimelshein 2018
+//             (online softmax). Rows that see no key: out = 0, lse = -inf, no gradient.
+//   layout    (B, T, H, D) with any strides but a contiguous D: q, k, v in place in packed qkv, k and v as
+//             the first rows of a larger cache. Any D. lse is (B, H, T) contiguous.
+//   moves     reads q, k, v once and writes out; forward 4 D, backward 10 D operations per visible pair.
+//   work      Every product is a run of MR x NR register tiles: A broadcast, B row-major. Inputs are packed in
+//             fp32 (k also transposed), zero-padded, into a workspace per thread that stays in L2.
+//             forward: units of BQ queries of one head, shared out by visible pairs; a thread packs a head's
+//             k and v once. At most DIRECT queries (decoding): k and v are read in place, one head a unit.
+//             backward: units of one head's key blocks, dk and dv of a block stay near while the queries pass.
+//             A head is split over several units where heads are few; dq is then added in fixed order.
+//   saves     out and lse; the dropout mask is a hash of (seed, head, i, j), computed again.
+#include "common/simd.h"
+
+#include "attention/attention_cpu.h"
+
+extern "C" float logf(float);
+
+namespace gpt2fast {
+namespace GPT2FAST_ISA {
+
+constexpr int MR = VL == 16 ? 8 : 6, NV = 2, NR = NV * VL;  // 12 of 16 registers, 16 of 32 with AVX-512
+constexpr i64 BQ = 48, BK = 96;                             // multiples of MR, BK also of NR
+constexpr i64 DIRECT = 4;
+constexpr i64 UNIT_WORK = 1 << 16;  // multiply-adds below which a second thread costs more than it brings
+constexpr float NONE = -__builtin_inff();
+
+static_assert(BQ % MR == 0 && BK % MR == 0 && BK % NR == 0, "blocks are whole tiles");
+
+GPT2FAST_INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+GPT2FAST_INLINE i64 clamp(i64 x, i64 low, i64 high) { return x < low ? low : x > high ? high : x; }
+GPT2FAST_INLINE i64 up(i64 x, i64 multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+struct Strides {
+  i64 b, t, h;
+};
+struct Shape {
+  i64 batch, heads, queries, keys, size;  // size: D
+  i64 diagonal;
+  float scale;
+  i64 width() const { return up(size, NR); }  // of a packed row
+  // How many keys query i sees.
+  i64 visible(i64 i) const { return clamp(i + diagonal + 1, 0, keys); }
+};
+
+// ---- dropout ---------------------------------------------------------------------------------------
+// keep(i, j) = 24 bits of a hash >= dropout * 2^24, as reference.dropout_mask has it.
+
+struct Dropout {
+  uint32_t first, second;  // of the head
+  int32_t threshold;
+  float keep;  // 1 / (1 - dropout), 0 where everything is dropped
+};
+GPT2FAST_INLINE uint32_t scramble(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+static Dropout head_dropout(double probability, i64 seed, i64 b, i64 h) {
+  const uint32_t low = uint32_t(seed), high = uint32_t(uint64_t(seed) >> 32);
+  const uint32_t start = scramble(low + 0x9e3779b9u) ^ high;
+  Dropout d;
+  d.first = scramble(scramble(scramble(start) + uint32_t(b)) + uint32_t(h));
+  d.second = scramble(scramble(scramble(start ^ 0x85ebca6bu) + uint32_t(b)) + uint32_t(h));
+  d.threshold = int32_t(probability * 16777216.0 + 0.5);
+  d.keep = probability < 1.0 ? float(1.0 / (1.0 - probability)) : 0.0f;
+  return d;
+}
+GPT2FAST_INLINE vi lane_index() {
+  alignas(64) static const int32_t index[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vi x;
+  __builtin_memcpy(&x, index, sizeof x);
+  return x;
+}
+struct RowDropout {
+  uint32_t first, second;
+  int32_t threshold;
+  RowDropout(const Dropout& d, i64 i)
+      : first(scramble(d.first ^ uint32_t(i))),
+        second(scramble(d.second + uint32_t(i) * 0x9e3779b9u)),
+        threshold(d.threshold) {}
+  vi keep(i64 j) const {  // of keys j, j + 1, ...
+    vu x = ((vu)lane_index() + uint32_t(j)) * 0x9e3779b9u + first;
+    x = ((x ^ (x >> 16)) * 0x7feb352du) ^ second;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    x ^= x >> 16;
+    return (vi)((vi)(x >> 8) >= threshold);
+  }
+};
+
+// ---- building blocks -------------------------------------------------------------------------------
+
+// exp for x <= 0 (or a little above): vexp without the care for large x.
+GPT2FAST_INLINE vf exp_below(vf x) {
+  const vf clamped = vmax(splat(-87.3f), x);  // this order keeps a NaN in x
+  const vf shifted = clamped * 1.44269504f + 12582912.0f;
+  const vf n = shifted - 12582912.0f;
+  const vf r = (clamped - n * 0.693145751953125f) - n * 1.428606765330187e-06f;
+  vf p = splat(0.001381459878757596f);
+  p = p * r + 0.008368716575205326f;
+  p = p * r + 0.04166838899254799f;
+  p = p * r + 0.1666652113199234f;
+  p = p * r + 0.4999999403953552f;
+  p = p * (r * r) + r + 1.0f;
+  const vf power = as_float((vu)(((vi)as_bits(shifted) - 0x4b400000 + 127) << 23));
+  return select(x < -87.3f, vf{}, p * power);
+}
+
+// C (MR x NR) = A B, or factor * C + A B with one factor per row. A is (MR x depth) with rows a_stride apart,
+// or, ACROSS, its transpose is. The sum runs over the depth in order from 0 and meets C last: the same bits
+// wherever the tile lies.
+template <bool ACROSS, bool ADD>
+static __attribute__((noinline)) void tile(i64 depth, const float* __restrict a, i64 a_stride,
+                                           const float* __restrict b, i64 b_stride, float* __restrict c,
+                                           i64 c_stride, const float* factor) {
+  vf sum[MR][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) sum[r][0] = sum[r][1] = vf{};
+#pragma GCC unroll 2
+  for (i64 k = 0; k < depth; ++k) {
+    const vf first = load(b + k * b_stride), second = load(b + k * b_stride + VL);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const vf x = splat(ACROSS ? a[k * a_stride + r] : a[r * a_stride + k]);
+      sum[r][0] += x * first;
+      sum[r][1] += x * second;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+    float* row = c + r * c_stride;
+    if (ADD) {
+      const vf f = splat(factor ? factor[r] : 1.0f);
+      store(row, load(row) * f + sum[r][0]);
+      store(row + VL, load(row + VL) * f + sum[r][1]);
+    } else {
+      store(row, sum[r][0]);
+      store(row + VL, sum[r][1]);
+    }
+  }
+}
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeLanes<0, I...> {
+  typedef Lanes<I...> type;
+};
+template <int W, int... I>
+GPT2FAST_INLINE vf exchange_low(vf a, vf b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & W) ? VL + I - W : I)...);
+}
+template <int W, int... I>
+GPT2FAST_INLINE vf exchange_high(vf a, vf b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & W) ? VL + I : I + W)...);
+}
+template <int W>
+GPT2FAST_INLINE void exchange(vf (&x)[VL]) {
+  typedef typename MakeLanes<VL>::type All;
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i)
+    if (!(i & W)) {
+      const vf a = x[i], b = x[i + W];
+      x[i] = exchange_low<W>(a, b, All());
+      x[i + W] = exchange_high<W>(a, b, All());
+    }
+}
+GPT2FAST_INLINE void transpose(vf (&x)[VL]) {
+  if constexpr (VL > 8) exchange<8>(x);
+  if constexpr (VL > 4) exchange<4>(x);
+  exchange<2>(x);
+  exchange<1>(x);
+}
+
+// Rows of `size` elements to rows of `width` floats, multiplied by factor, zero-padded in both directions.
+template <class T>
+static void pack_rows(const T* from, i64 stride, i64 rows, i64 size, float factor, float* to, i64 width,
+                      i64 padded_rows) {
+  for (i64 r = 0; r < rows; ++r) {
+    const T* row = from + r * stride;
+    float* out = to + r * width;
+    i64 c = 0;
+    for (; c + VL <= size; c += VL) store(out + c, load(row + c) * factor);
+    for (; c < width; c += VL) store(out + c, load_n(row + c, clamp(size - c, 0, VL)) * factor);
+  }
+  for (i64 r = rows; r < padded_rows; ++r)
+    for (i64 c = 0; c < width; c += VL) store(to + r * width + c, vf{});
+}
+
+// Rows to panels of NR rows, each transposed: to[panel][d][NR]; missing rows are 0.
+template <class T>
+static void pack_transposed(const T* from, i64 stride, i64 rows, i64 size, float* to) {
+  for (i64 r = 0; r < rows; r += NR, to += NR * size)
+    for (int part = 0; part < NV; ++part) {
+      const i64 first = r + part * VL, count = clamp(rows - first, 0, VL);
+      for (i64 d = 0; d < size; d += VL) {
+        const i64 n = smaller(VL, size - d);
+        vf x[VL];
+        if (count == VL && n == VL) {
+#pragma GCC unroll 16
+          for (int i = 0; i < VL; ++i) x[i] = load(from + (first + i) * stride + d);
+        } else {
+          for (int i = 0; i < VL; ++i)
+            x[i] = i < count ? load_at(from + (first + i) * stride + d, n) : vf{};
+        }
+        transpose(x);
+        float* out = to + d * NR + part * VL;
+        if (n == VL) {
+#pragma GCC unroll 16
+          for (int i = 0; i < VL; ++i) store(out + i * NR, x[i]);
+        } else {
+          for (i64 i = 0; i < n; ++i) store(out + i * NR, x[i]);
+        }
+      }
+    }
+}
+
+template <class T>
+static void store_rows(const float* from, i64 width, i64 rows, i64 size, float factor, T* to, i64 stride) {
+  for (i64 r = 0; r < rows; ++r)
+    for_columns(size, [&](i64 c, i64 n) {
+      store_at(to + r * stride + c, load(from + r * width + c) * factor, n);
+    });
+}
+
+GPT2FAST_INLINE void zero(float* p, i64 count) {
+  for (i64 c = 0; c < count; c += VL) store(p + c, vf{});
+}
+
+// Pieces of a workspace, each on its own cache lines.
+struct Arena {
+  float* next;
+  float* take(i64 count) {
+    float* piece = next;
+    next += up(count, 16);
+    return piece;
+  }
+};
+
+// ---- forward ---------------------------------------------------------------------------------------
+
+struct ForwardSpace {
+  float *k, *v, *q, *scores, *out, *top, *sum, *factor;
+  i64 floats;
+  ForwardSpace(float* base, i64 keys, i64 size) {
+    const i64 width = up(size, NR);
+    Arena arena{base};
+    k = arena.take(up(keys, NR) * size);
+    v = arena.take(keys * width);
+    q = arena.take(BQ * width);
+    scores = arena.take(BQ * BK);
+    out = arena.take(BQ * width);
+    top = arena.take(BQ);
+    sum = arena.take(BQ);
+    factor = arena.take(BQ);
+    floats = arena.next - base + 16;  // 16: shares on separate cache lines
+  }
+};
+
+i64 attention_forward_workspace(i64 keys, i64 size, int threads) {
+  return threads * ForwardSpace(nullptr, keys, size).floats;
+}
+
+// One row of scores of n visible keys from key j on: scores become P * exp(top), zero up to `end`.
+template <bool DROP>
+GPT2FAST_INLINE void softmax_row(float* s, i64 n, i64 end, float& top, float& sum, float& factor,
+                                 const RowDropout& dropout, i64 j) {
+  if (n <= 0) {
+    factor = 1.0f;
+    zero(s, end);
+    return;
+  }
+  const i64 whole = n / VL * VL;
+  const vi inside = (vi)(lane_index() < int32_t(n - whole));
+  vf most = splat(top);
+  for (i64 c = 0; c < whole; c += VL) most = vmax(most, load(s + c));
+  if (whole < n) most = vmax(most, select(inside, load(s + whole), splat(NONE)));
+  const float before = top, now = hmax(most);
+  top = now;
+  factor = exp_below(splat(before - now))[0];
+  vf total = {};
+  for (i64 c = 0; c < whole; c += VL) {
+    const vf p = exp_below(load(s + c) - now);
+    total += p;
+    store(s + c, DROP ? select(dropout.keep(j + c), p, vf{}) : p);
+  }
+  i64 c = whole;
+  if (c < n) {
+    const vf p = select(inside, exp_below(load(s + c) - now), vf{});
+    total += p;
+    store(s + c, DROP ? select(dropout.keep(j + c), p, vf{}) : p);
+    c += VL;
+  }
+  if (c < end) zero(s + c, end - c);
+  sum = sum * factor + hsum(total);
+}
+
+template <bool DROP>
+static void attend_block(const Shape& shape, const ForwardSpace& space, i64 i0, i64 rows, const Dropout& dropout) {
+  const i64 size = shape.size, width = shape.width(), keys = shape.visible(i0 + rows - 1);
+  const i64 padded = up(rows, MR);
+  zero(space.out, padded * width);
+  for (i64 r = 0; r < padded; ++r) space.top[r] = NONE, space.sum[r] = 0.0f, space.factor[r] = 1.0f;
+  for (i64 j0 = 0; j0 < keys; j0 += BK) {
+    // Row r sees the first seen(r) keys of this block; a tile of rows works on those its last row sees.
+    const auto seen = [&](i64 r) { return clamp(shape.visible(i0 + smaller(r, rows - 1)) - j0, 0, BK); };
+    const i64 columns = seen(rows - 1);
+    for (i64 c = 0; c < columns; c += NR)
+      for (i64 r = 0; r < padded; r += MR)
+        if (seen(r + MR - 1) > c)
+          tile<false, false>(size, space.q + r * width, width, space.k + (j0 + c) * size, NR,
+                             space.scores + r * BK + c, BK, nullptr);
+    for (i64 r0 = 0; r0 < padded; r0 += MR) {
+      const i64 depth = seen(r0 + MR - 1);
+      if (depth == 0) continue;
+      for (i64 r = r0; r < r0 + MR; ++r)
+        softmax_row<DROP>(space.scores + r * BK, r < rows ? seen(r) : 0, depth, space.top[r], space.sum[r],
+                          space.factor[r], RowDropout(dropout, i0 + r), j0);
+    }
+    for (i64 c = 0; c < width; c += NR)
+      for (i64 r = 0; r < padded; r += MR) {
+        const i64 depth = seen(r + MR - 1);
+        if (depth)
+          tile<false, true>(depth, space.scores + r * BK, BK, space.v + j0 * width + c, width,
+                            space.out + r * width + c, width, space.factor + r);
+      }
+  }
+}
+
+GPT2FAST_INLINE float lse_of(float top, float sum) { return sum == 0.0f ? NONE : top + logf(sum); }
+
+// N vectors of out += sum over keys of p * v, v in place.
+template <int N, class T>
+GPT2FAST_INLINE void direct_values(const float* p, const T* v, i64 stride, i64 keys, float* out, float factor) {
+  vf sum[N];
+#pragma GCC unroll 8
+  for (int x = 0; x < N; ++x) sum[x] = load(out + x * VL) * factor;
+  for (i64 j = 0; j < keys; ++j) {
+    const vf weight = splat(p[j]);
+#pragma GCC unroll 8
+    for (int x = 0; x < N; ++x) sum[x] += weight * load(v + j * stride + x * VL);
+  }
+#pragma GCC unroll 8
+  for (int x = 0; x < N; ++x) store(out + x * VL, sum[x]);
+}
+
+// One query, k and v in place; q is packed. Leaves the sum in space.out, top and sum in place 0.
+template <class T, bool DROP>
+static void attend_direct(const Shape& shape, const ForwardSpace& space, const float* q, const T* k, i64 k_t,
+                          const T* v, i64 v_t, i64 i, const Dropout& dropout) {
+  const i64 size = shape.size, keys = shape.visible(i), whole = size / VL * VL;
+  const RowDropout row(dropout, i);
+  zero(space.out, shape.width());
+  space.top[0] = NONE, space.sum[0] = 0.0f;
+  for (i64 j0 = 0; j0 < keys; j0 += BK) {
+    const i64 count = smaller(BK, keys - j0);
+    for (i64 j = 0; j < count; j += VL) {
+      const T* rows[VL];  // past the end the last key stands in; softmax_row leaves it out
+#pragma GCC unroll 16
+      for (int x = 0; x < VL; ++x) rows[x] = k + (j0 + smaller(j + x, count - 1)) * k_t;
+      vf sum[VL] = {};
+      for (i64 d = 0; d < whole; d += VL) {
+        const vf part = load(q + d);
+#pragma GCC unroll 16
+        for (int x = 0; x < VL; ++x) sum[x] += part * load(rows[x] + d);
+      }
+      if (whole < size)
+        for (int x = 0; x < VL; ++x) sum[x] += load(q + whole) * load_n(rows[x] + whole, size - whole);
+      transpose(sum);
+      for (int step = VL / 2; step; step /= 2)
+        for (int x = 0; x < step; ++x) sum[x] += sum[x + step];
+      store(space.scores + j, sum[0]);
+    }
+    softmax_row<DROP>(space.scores, count, count, space.top[0], space.sum[0], space.factor[0], row, j0);
+    const T* values = v + j0 * v_t;
+    const float factor = space.factor[0];
+    i64 d = 0;
+    for (; d + 8 * VL <= size; d += 8 * VL)
+      direct_values<8>(space.scores, values + d, v_t, count, space.out + d, factor);
+    for (; d + 4 * VL <= size; d += 4 * VL)
+      direct_values<4>(space.scores, values + d, v_t, count, space.out + d, factor);
+    for (; d + VL <= size; d += VL)
+      direct_values<1>(space.scores, values + d, v_t, count, space.out + d, factor);
+    if (d < size) {
+      vf sum = load(space.out + d) * factor;
+      for (i64 j = 0; j < count; ++j) sum += space.scores[j] * load_n(values + j * v_t + d, size - d);
+      store(space.out + d, sum);
+    }
+  }
+}
+
+template <class T>
+static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, Strides vs, T* out, Strides os,
+                    float* lse, float* workspace, const Shape& shape, double dropout, i64 seed, int threads) {
+  const i64 size = shape.size, width = shape.width(), queries = shape.queries;
+  const i64 all_heads = shape.batch * shape.heads;
+  if (all_heads == 0 || queries == 0) return;
+  const bool direct = queries <= DIRECT;
+  const i64 blocks = direct ? 1 : (queries + BQ - 1) / BQ;
+  const auto cost = [&](i64 block) {  // in keys: what its last row sees, and some for the fixed work
+    return shape.visible(smaller((block + 1) * BQ, queries) - 1) + 16;
+  };
+  i64 head_cost = 0;
+  for (i64 block = 0; block < blocks; ++block) head_cost += cost(block);
+  // Units are (head, block) in order; share t begins where t / shares of all cost lies before.
+  const auto boundary = [&](i64 target) {
+    i64 unit = target / head_cost * blocks, rest = target % head_cost;
+    for (i64 block = 0; block < blocks && rest >= cost(block); ++block, ++unit) rest -= cost(block);
+    return unit;
+  };
+  const double work = double(all_heads) * head_cost * smaller(queries, BQ) * size;
+  const int shares = work > double(UNIT_WORK) * threads ? threads : int(work / UNIT_WORK) + 1;
+  parallel_shares(shares, 1, shares, [&](int, i64 begin, i64 end) {
+    for (i64 share = begin; share < end; ++share) {
+      ForwardSpace space(workspace, shape.keys, size);
+      space = ForwardSpace(workspace + share * space.floats, shape.keys, size);
+      const i64 first = boundary(all_heads * head_cost * share / shares);
+      const i64 last = boundary(all_heads * head_cost * (share + 1) / shares);
+      i64 packed = -1;
+      for (i64 unit = first; unit < last; ++unit) {
+        const i64 head = unit / blocks, block = unit % blocks, b = head / shape.heads, h = head % shape.heads;
+        const Dropout drop = head_dropout(dropout, seed, b, h);
+        const T *kh = k + b * ks.b + h * ks.h, *vh = v + b * vs.b + h * vs.h, *qh = q + b * qs.b + h * qs.h;
+        T* oh = out + b * os.b + h * os.h;
+        float* lse_head = lse + head * queries;
+        if (direct) {
+          pack_rows(qh, qs.t, queries, size, shape.scale, space.q, width, queries);
+          for (i64 i = 0; i < queries; ++i) {
+            const auto run = dropout > 0 ? attend_direct<T, true> : attend_direct<T, false>;
+            run(shape, space, space.q + i * width, kh, ks.t, vh, vs.t, i, drop);
+            const float sum = space.sum[0];
+            store_rows(space.out, width, 1, size, sum == 0.0f ? 0.0f : drop.keep / sum, oh + i * os.t, os.t);
+            lse_head[i] = lse_of(space.top[0], sum);
+          }
+          continue;
+        }
+        if (head != packed) {
+          const i64 final_unit = smaller(last, (head + 1) * blocks) - 1;
+          const i64 seen = shape.visible(smaller((final_unit % blocks + 1) * BQ, queries) - 1);
+          pack_transposed(kh, ks.t, seen, size, space.k);
+          pack_rows(vh, vs.t, seen, size, 1.0f, space.v, width, seen);
+          packed = head;
+        }
+        const i64 i0 = block * BQ, rows = smaller(BQ, queries - i0);
+        pack_rows(qh + i0 * qs.t, qs.t, rows, size, shape.scale, space.q, width, up(rows, MR));
+        const auto run = dropout > 0 ? attend_block<true> : attend_block<false>;
+        run(shape, space, i0, rows, drop);
+        for (i64 r = 0; r < rows; ++r) {
+          const float sum = space.sum[r];
+          store_rows(space.out + r * width, width, 1, size, sum == 0.0f ? 0.0f : drop.keep / sum,
+                     oh + (i0 + r) * os.t, os.t);
+          lse_head[i0 + r] = lse_of(space.top[r], sum);
+        }
+      }
+    }
+  });
+}
+
+void attention_forward(uintptr_t q, i64 q_b, i64 q_t, i64 q_h, uintptr_t k, i64 k_b, i64 k_t, i64 k_h, uintptr_t v,
+                       i64 v_b, i64 v_t, i64 v_h, uintptr_t out, i64 out_b, i64 out_t, i64 out_h, uintptr_t lse,
+                       uintptr_t workspace, i64 batch, i64 heads, i64 queries, i64 keys, i64 size, i64 diagonal,
+                       float scale, double dropout, i64 seed, int dtype, int threads) {
+  const Shape shape{batch, heads, queries, keys, size, diagonal, scale};
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    forward((const T*)q, {q_b, q_t, q_h}, (const T*)k, {k_b, k_t, k_h}, (const T*)v, {v_b, v_t, v_h}, (T*)out,
+            {out_b, out_t, out_h}, (float*)lse, (float*)workspace, shape, dropout, seed, threads);
+  });
+}
+
+// ---- backward --------------------------------------------------------------------------------------
+
+struct BackwardSpace {
+  float *q, *dout, *dq, *delta, *k, *k_across, *v_across, *dk, *dv, *p, *ds;
+  i64 floats;
+  BackwardSpace(float* base, i64 queries, i64 size) {
+    const i64 width = up(size, NR), rows = up(queries, MR);
+    Arena arena{base};
+    q = arena.take(rows * width);
+    dout = arena.take(rows * width);
+    dq = arena.take(rows * width);
+    delta = arena.take(rows);
+    k = arena.take(BK * width);
+    k_across = arena.take(BK * size);
+    v_across = arena.take(BK * size);
+    dk = arena.take(BK * width);
+    dv = arena.take(BK * width);
+    p = arena.take(BQ * BK);
+    ds = arena.take(BQ * BK);
+    floats = arena.next - base + 16;
+  }
+};
+
+// Into how many units a head is split: one where heads are many or divide evenly among the threads.
+static i64 head_splits(i64 heads, i64 keys, int threads) {
+  if (heads >= 4 * i64(threads) || heads % threads == 0 || heads == 0) return 1;
+  return smaller((4 * i64(threads) + heads - 1) / heads, keys > BK ? (keys + BK - 1) / BK : 1);
+}
+
+i64 attention_backward_workspace(i64 heads, i64 queries, i64 keys, i64 size, int threads) {
+  const i64 splits = head_splits(heads, keys, threads);
+  const i64 parts = splits > 1 ? heads * splits * up(queries, MR) * up(size, NR) : 0;
+  return threads * BackwardSpace(nullptr, queries, size).floats + parts;
+}
+
+// One row: scores become (dropped) P, dp becomes dS; both are 0 past the n visible keys up to BK.
+template <bool DROP>
+GPT2FAST_INLINE void backward_row(float* p, float* dp, i64 n, i64 end, float lse, float delta, bool single, float keep,
+                                  const RowDropout& dropout, i64 j) {
+  const auto step = [&](i64 c, vi inside, bool partial) {
+    vf x = exp_below(load(p + c) - lse), d = load(dp + c);
+    if (single) x = splat(1.0f);  // softmax of one score is 1 whatever the score
+    vf dropped = x;
+    if (DROP) {
+      const vi kept = dropout.keep(j + c);
+      dropped = select(kept, x, vf{});
+      d = select(kept, d * keep, vf{});
+    }
+    vf s = single ? vf{} : x * (d - delta);
+    if (partial) dropped = select(inside, dropped, vf{}), s = select(inside, s, vf{});
+    store(p + c, dropped);
+    store(dp + c, s);
+  };
+  i64 c = 0;
+  for (; c + VL <= n; c += VL) step(c, vi{}, false);
+  if (c < n) {
+    step(c, (vi)(lane_index() < int32_t(n - c)), true);
+    c += VL;
+  }
+  if (c < end) {
+    zero(p + c, end - c);
+    zero(dp + c, end - c);
+  }
+}
+
+template <bool DROP>
+static void backward_block(const Shape& shape, const BackwardSpace& space, const float* lse, i64 j0,
+                           const Dropout& dropout) {
+  const i64 size = shape.size, width = shape.width(), count = smaller(BK, shape.keys - j0);
+  const i64 begin = clamp(j0 - shape.diagonal, 0, shape.queries) / MR * MR;  // the first query that sees key j0
+  zero(space.dk, up(count, MR) * width);
+  zero(space.dv, up(count, MR) * width);
+  for (i64 i0 = begin; i0 < shape.queries; i0 += BQ) {
+    const i64 rows = smaller(BQ, shape.queries - i0), padded = up(rows, MR), end = up(count, NR);
+    const auto seen = [&](i64 r) { return clamp(shape.visible(i0 + smaller(r, rows - 1)) - j0, 0, count); };
+    const float *q = space.q + i0 * width, *dout = space.dout + i0 * width;
+    for (i64 c = 0; c < count; c += NR)
+      for (i64 r = 0; r < padded; r += MR)
+        if (seen(r + MR - 1) > c) {
+          tile<false, false>(size, q + r * width, width, space.k_across + c * size, NR, space.p + r * BK + c, BK,
+                             nullptr);
+          tile<false, false>(size, dout + r * width, width, space.v_across + c * size, NR, space.ds + r * BK + c,
+                             BK, nullptr);
+        }
+    for (i64 r = 0; r < padded; ++r) {
+      const bool real = r < rows;
+      backward_row<DROP>(space.p + r * BK, space.ds + r * BK, real ? seen(r) : 0, up(end, MR), real ? lse[i0 + r] : 0.0f,
+                         real ? space.delta[i0 + r] : 0.0f, real && shape.visible(i0 + r) == 1, dropout.keep,
+                         RowDropout(dropout, i0 + r), j0);
+    }
+    for (i64 c = 0; c < width; c += NR)
+      for (i64 m = 0; m < count; m += MR) {
+        const i64 start = clamp(j0 + m - shape.diagonal - i0, 0, rows), at = start * BK + m;
+        if (start == rows) continue;
+        tile<true, true>(rows - start, space.p + at, BK, dout + start * width + c, width, space.dv + m * width + c,
+                         width, nullptr);
+        tile<true, true>(rows - start, space.ds + at, BK, q + start * width + c, width, space.dk + m * width + c,
+                         width, nullptr);
+      }
+    for (i64 c = 0; c < width; c += NR)
+      for (i64 r = 0; r < padded; r += MR) {
+        const i64 depth = seen(r + MR - 1);
+        if (depth)
+          tile<false, true>(depth, space.ds + r * BK, BK, space.k + c, width, space.dq + (i0 + r) * width + c, width,
+                            nullptr);
+      }
+  }
+}
+
+// delta = rowsum(dout out), each row summed in the order of a tile: where P is 1 for one key, out is that key's v
+// and dP - delta is exactly 0, as it should be.
+template <class T>
+static void row_products(const float* dout, i64 width, const T* out, i64 stride, i64 rows, i64 size, float* scratch,
+                         float* delta) {
+  for (i64 r = 0; r < rows; r += MR) {
+    const i64 n = smaller(MR, rows - r);
+    pack_rows(out + r * stride, stride, n, size, 1.0f, scratch, width, MR);
+    float sum[MR] = {};
+    for (i64 d = 0; d < size; ++d)
+#pragma GCC unroll 16
+      for (int x = 0; x < MR; ++x) sum[x] += dout[(r + x) * width + d] * scratch[x * width + d];
+    for (i64 x = 0; x < n; ++x) delta[r + x] = sum[x];
+  }
+}
+
+template <class T>
+static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T* k, Strides ks, const T* v,
+                     Strides vs, const T* out, Strides os, const float* lse, T* dq, Strides dqs, T* dk, Strides dks,
+                     T* dv, Strides dvs, float* workspace, const Shape& shape, double dropout, i64 seed, int threads) {
+  const i64 size = shape.size, width = shape.width(), queries = shape.queries, keys = shape.keys;
+  const i64 all_heads = shape.batch * shape.heads, blocks = (keys + BK - 1) / BK;
+  const i64 splits = head_splits(all_heads, keys, threads), rows = up(queries, MR);
+  const i64 floats = BackwardSpace(nullptr, queries, size).floats;
+  float* parts = workspace + threads * floats;
+  const double work = double(all_heads) * shape.keys * queries * size;
+  const int shares = work > double(UNIT_WORK) * threads ? threads : int(work / UNIT_WORK) + 1;
+  parallel_shares(all_heads * splits, 1, shares, [&](int share, i64 begin, i64 end) {
+    BackwardSpace space(workspace + share * floats, queries, size);
+    i64 packed = -1;
+    for (i64 unit = begin; unit < end; ++unit) {
+      const i64 head = unit / splits, b = head / shape.heads, h = head % shape.heads;
+      const Dropout drop = head_dropout(dropout, seed, b, h);
+      if (splits > 1) space.dq = parts + unit * rows * width;
+      zero(space.dq, rows * width);
+      if (head != packed) {
+        pack_rows(q + b * qs.b + h * qs.h, qs.t, queries, size, shape.scale, space.q, width, rows);
+        pack_rows(dout + b * dos.b + h * dos.h, dos.t, queries, size, 1.0f, space.dout, width, rows);
+        row_products(space.dout, width, out + b * os.b + h * os.h, os.t, queries, size, space.dk, space.delta);
+        packed = head;
+      }
+      for (i64 block = unit % splits; block < blocks; block += splits) {
+        const i64 j0 = block * BK, count = smaller(BK, keys - j0);
+        const T *kh = k + b * ks.b + h * ks.h + j0 * ks.t, *vh = v + b * vs.b + h * vs.h + j0 * vs.t;
+        pack_rows(kh, ks.t, count, size, 1.0f, space.k, width, count);
+        pack_transposed(kh, ks.t, count, size, space.k_across);
+        pack_transposed(vh, vs.t, count, size, space.v_across);
+        const auto run = dropout > 0 ? backward_block<true> : backward_block<false>;
+        run(shape, space, lse + head * queries, j0, drop);
+        store_rows(space.dk, width, count, size, 1.0f, dk + b * dks.b + h * dks.h + j0 * dks.t, dks.t);
+        store_rows(space.dv, width, count, size, drop.keep, dv + b * dvs.b + h * dvs.h + j0 * dvs.t, dvs.t);
+      }
+      if (splits == 1)
+        store_rows(space.dq, width, queries, size, shape.scale, dq + b * dqs.b + h * dqs.h, dqs.t);
+    }
+  });
+  if (splits == 1) return;
+  parallel_shares(all_heads, 1, shares, [&](int, i64 begin, i64 end) {
+    for (i64 head = begin; head < end; ++head) {
+      float* first = parts + head * splits * rows * width;
+      for (i64 s = 1; s < splits; ++s)
+        for (i64 c = 0; c < rows * width; c += VL)
+          store(first + c, load(first + c) + load(first + s * rows * width + c));
+      const i64 b = head / shape.heads, h = head % shape.heads;
+      store_rows(first, width, queries, size, shape.scale, dq + b * dqs.b + h * dqs.h, dqs.t);
+    }
+  });
+}
+
+void attention_backward(uintptr_t dout, i64 dout_b, i64 dout_t, i64 dout_h, uintptr_t q, i64 q_b, i64 q_t, i64 q_h,
+                        uintptr_t k, i64 k_b, i64 k_t, i64 k_h, uintptr_t v, i64 v_b, i64 v_t, i64 v_h, uintptr_t out,
+                        i64 out_b, i64 out_t, i64 out_h, uintptr_t lse, uintptr_t dq, i64 dq_b, i64 dq_t, i64 dq_h,
+                        uintptr_t dk, i64 dk_b, i64 dk_t, i64 dk_h, uintptr_t dv, i64 dv_b, i64 dv_t, i64 dv_h,
+                        uintptr_t workspace, i64 batch, i64 heads, i64 queries, i64 keys, i64 size, i64 diagonal,
+                        float scale, double dropout, i64 seed, int dtype, int threads) {
+  const Shape shape{batch, heads, queries, keys, size, diagonal, scale};
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    backward((const T*)dout, {dout_b, dout_t, dout_h}, (const T*)q, {q_b, q_t, q_h}, (const T*)k, {k_b, k_t, k_h},
+             (const T*)v, {v_b, v_t, v_h}, (const T*)out, {out_b, out_t, out_h}, (const float*)lse, (T*)dq,
+             {dq_b, dq_t, dq_h}, (T*)dk, {dk_b, dk_t, dk_h}, (T*)dv, {dv_b, dv_t, dv_h}, (float*)workspace, shape,
+             dropout, seed, threads);
+  });
+}
+
+}  // namespace GPT2FAST_ISA
+}  // namespace gpt2fast

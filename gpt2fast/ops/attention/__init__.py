@@ -1,0 +1,1 @@
+"""Softmax attention: causal or not, packed qkv or separate views, with dropout."""

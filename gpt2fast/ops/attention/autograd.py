@@ -1,0 +1,215 @@
+"""Attention as torch.library ops and the autograd Functions on them. Tensors are (B, T, H, D)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gpt2fast.backends import load
+from gpt2fast.ops.registry import register
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`tensor` with contiguous D: itself wherever its strides allow."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    diagonal: int | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return load("attention", backend).forward(
+        _rows(q), _rows(k), _rows(v), diagonal, _scale(scale, q), dropout_p, seed
+    )
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    diagonal: int | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    diagonal: int | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    load("attention", backend).backward(
+        *(_rows(t) for t in (dout, q, k, v, out)),
+        lse,
+        dq,
+        dk,
+        dv,
+        diagonal,
+        _scale(scale, q),
+        dropout_p,
+        seed,
+    )
+    return dq, dk, dv
+
+
+def _fake_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    diagonal: int | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _packed_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    diagonal: int | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> Tensor:
+    dqkv = qkv.new_empty(qkv.shape)
+    load("attention", backend).backward(
+        _rows(dout),
+        *_rows(qkv).unbind(2),
+        out,
+        lse,
+        *dqkv.unbind(2),
+        diagonal,
+        _scale(scale, qkv),
+        dropout_p,
+        seed,
+    )
+    return dqkv
+
+
+def _fake_packed_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    diagonal: int | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+_OPTIONS = "SymInt? diagonal, float? scale, float dropout_p, Tensor? seed, str backend"
+attention_forward = register(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+attention_backward = register(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+attention_packed_backward = register(
+    f"attention_packed_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS})"
+    " -> Tensor",
+    _packed_backward,
+    _fake_packed_backward,
+)
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        diagonal: int | None,
+        scale: float | None,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        out, lse = attention_forward(q, k, v, diagonal, scale, dropout_p, seed, backend)
+        ctx.save_for_backward(q, k, v, out, lse, seed)
+        ctx.options = (diagonal, scale, dropout_p, backend)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, seed = ctx.saved_tensors
+        diagonal, scale, dropout_p, backend = ctx.options
+        grads = attention_backward(
+            dout, q, k, v, out, lse, diagonal, scale, dropout_p, seed, backend
+        )
+        needed = (
+            g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)
+        )
+        return (*needed, None, None, None, None, None)
+
+
+class PackedAttention(torch.autograd.Function):
+    """`qkv` is (B, T, 3, H, D) and so is its gradient: no split, no concatenation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        diagonal: int | None,
+        scale: float | None,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        q, k, v = qkv.unbind(2)
+        out, lse = attention_forward(q, k, v, diagonal, scale, dropout_p, seed, backend)
+        ctx.save_for_backward(qkv, out, lse, seed)
+        ctx.options = (diagonal, scale, dropout_p, backend)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, seed = ctx.saved_tensors
+        diagonal, scale, dropout_p, backend = ctx.options
+        dqkv = attention_packed_backward(
+            dout, qkv, out, lse, diagonal, scale, dropout_p, seed, backend
+        )
+        return dqkv, None, None, None, None, None

@@ -1,0 +1,161 @@
+"""The public attention functions."""
+
+import torch
+from torch import Tensor
+
+from gpt2fast.backends import choose
+from gpt2fast.ops.attention import autograd, reference
+from gpt2fast.ops.checks import (
+    autocast,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
+
+
+def _check(
+    tensors: dict[str, Tensor], shape: str, heads_axis: int, time_axis: int, dropout_p: float
+) -> None:
+    (q_name, q), (k_name, k), (v_name, v) = tensors.items()
+    for name, tensor in tensors.items():
+        check_floating(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have four dimensions {shape}, got shape {tuple(tensor.shape)}"
+            )
+        check_same_dtype(name, tensor, q_name, q)
+        check_same_device(name, tensor, q_name, q)
+    if q.shape[-1] == 0:
+        raise ValueError(f"{q_name} must have a head size D of at least one, got {tuple(q.shape)}")
+    for axis, letter in ((0, "B"), (heads_axis, "H"), (3, "D")):
+        if k.shape[axis] != q.shape[axis]:
+            raise ValueError(
+                f"{k_name} must have {q_name}'s {letter} = {q.shape[axis]} in {shape},"
+                f" got shape {tuple(k.shape)}"
+            )
+    check_shape(v_name, v, tuple(k.shape), f"that of {k_name}")
+    _check_dropout(dropout_p)
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie between 0 and 1, got {dropout_p}")
+
+
+def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """One number of torch's generator, kept as a tensor so that nothing waits for a GPU."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    diagonal: int | None,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    q, k, v = autocast(q, k, v)  # type: ignore[assignment]
+    seed = _seed(dropout_p, q.device)
+    backend = choose(q)
+    if backend == "reference":
+        return reference.attention(q, k, v, diagonal, scale, dropout_p, seed)
+    return autograd.Attention.apply(q, k, v, diagonal, scale, dropout_p, seed, backend)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale query key^T) value, as torch.nn.functional.scaled_dot_product_attention.
+
+    Args:
+        query: (B, H, Tq, D), float32, bfloat16 or float16. Any strides; read in place where D is
+            contiguous.
+        key, value: (B, H, Tk, D), of query's dtype and device.
+        dropout_p: probability with which an attention probability is set to 0; the others are
+            divided by 1 - dropout_p. The mask follows from one number drawn from torch's generator.
+        is_causal: query i sees keys j <= i (counted from the start, as torch does).
+        scale: default 1 / sqrt(D).
+
+    Returns:
+        (B, H, Tq, D) of query's dtype, a view of (B, Tq, H, D) memory. 0 where there is no key.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named.
+
+    Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; kernel: Dao et al. 2022,
+    https://arxiv.org/abs/2205.14135.
+    """
+    _check({"query": query, "key": key, "value": value}, "(B, H, T, D)", 1, 2, dropout_p)
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    return _attention(q, k, v, 0 if is_causal else None, scale, dropout_p).transpose(1, 2)
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """softmax(scale q k^T) v in flash-attn's layout and meaning.
+
+    Args:
+        q: (B, Tq, H, D), float32, bfloat16 or float16. Any strides; read in place where D is
+            contiguous, so views of a packed qkv or of a key/value cache cost nothing.
+        k, v: (B, Tk, H, D), of q's dtype and device, with as many heads as q.
+        dropout_p, softmax_scale: as for :func:`scaled_dot_product_attention`.
+        causal: query i sees keys j <= i + Tk - Tq (counted from the end, as for decoding with a
+            key/value cache). A query that sees no key gives 0.
+
+    Returns:
+        (B, Tq, H, D), contiguous, of q's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named.
+    """
+    _check({"q": q, "k": k, "v": v}, "(B, T, H, D)", 2, 1, dropout_p)
+    diagonal = k.shape[1] - q.shape[1] if causal else None
+    return _attention(q, k, v, diagonal, softmax_scale, dropout_p)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """:func:`flash_attn_func` on a packed qkv, whose gradient comes out packed: no copies.
+
+    Args:
+        qkv: (B, T, 3, H, D), usually a view of the (B, T, 3 C) output of the qkv projection.
+        dropout_p, softmax_scale, causal: as for :func:`flash_attn_func`.
+
+    Returns:
+        (B, T, H, D), contiguous, of qkv's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named.
+    """
+    check_floating("qkv", qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
+        raise ValueError(f"qkv must have shape (B, T, 3, H, D), got {tuple(qkv.shape)}")
+    _check_dropout(dropout_p)
+    (qkv,) = autocast(qkv)  # type: ignore[assignment]
+    seed = _seed(dropout_p, qkv.device)
+    diagonal = 0 if causal else None
+    backend = choose(qkv)
+    if backend == "reference":
+        q, k, v = qkv.unbind(2)
+        return reference.attention(q, k, v, diagonal, softmax_scale, dropout_p, seed)
+    return autograd.PackedAttention.apply(qkv, diagonal, softmax_scale, dropout_p, seed, backend)

@@ -1,0 +1,1 @@
+"""Tanh-GELU of x + bias in one pass."""

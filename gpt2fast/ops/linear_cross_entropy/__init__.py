@@ -1,0 +1,1 @@
+"""The head's matrix product fused with cross-entropy: the logits never exist whole."""
