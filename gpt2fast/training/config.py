@@ -27,7 +27,7 @@ DEMONSTRATION: Final[Mapping[str, Any]] = {
     "lr": 3e-3,
     "warmup_steps": 50,
     "eval_interval": 150,
-    "eval_batches": 20,
+    "eval_batches": 32,
     "save_interval": 300,
     "compare_reference": True,
 }
@@ -96,7 +96,7 @@ class TrainConfig(BaseModel):
     clip: float = _field(1.0, "optimizer", "largest global gradient norm; 0: no clipping", ge=0)
 
     eval_interval: int = _field(250, "reporting", "steps between validations; 0: at the end", ge=0)
-    eval_batches: int = _field(20, "reporting", "batches a validation; the last takes 4x", ge=1)
+    eval_batches: int = _field(20, "reporting", "batches of batch_size rows a validation", ge=1)
     sample_tokens: int = _field(300, "reporting", "tokens of the sample at the end; 0: none", ge=0)
     compare_reference: bool = _field(
         False, "reporting", "at the end, time steps on the kernels against plain PyTorch"

@@ -12,7 +12,7 @@ import torch
 
 from gpt2fast import backends
 from gpt2fast.data import TokenDataset, prepare, sequential_batches
-from gpt2fast.data.tokenizers import Tokenizer
+from gpt2fast.data.tokenizers import ByteTokenizer, Tokenizer
 from gpt2fast.generation import generate, prompt_tokens
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.training.baseline import Bigram
@@ -76,9 +76,11 @@ def start_run(
     with _machine(config):
         _check_before(config, out)
         # A wrong data folder or other weights than the data's are found before a folder is made.
+        tokenizer: Tokenizer = ByteTokenizer()
         if config.data is not None:
             config = config.model_copy(update={"data": str(Path(config.data).resolve())})
-            build_model(config, TokenDataset(str(config.data), "train").tokenizer, on="meta")
+            tokenizer = TokenDataset(str(config.data), "train").tokenizer
+        build_model(config, tokenizer, on="meta")
         run = create_run(out, overwrite=overwrite)
         config.save(run / CONFIG)
         train_data, val_data = _open_data(config, run, progress)
@@ -246,7 +248,7 @@ def _open_data(
         prepare(
             "stdlib",
             folder,
-            tokenizer="byte",
+            tokenizer=ByteTokenizer.name,
             max_bytes=DEFAULT_TEXT_BYTES,
             overwrite=folder.exists(),
             progress=False,
@@ -287,13 +289,12 @@ def _train_and_report(trainer: Trainer, train_data: TokenDataset) -> Result:
     config, model, val_data = trainer.config, trainer.model, trainer.val_data
     progress = trainer.progress
     progress.line("validating")
-    batches = 4 * config.eval_batches
-    val_loss = evaluate(model, val_data, config, batches)
+    val_loss = evaluate(model, val_data, config, config.eval_batches)
     assert val_loss is not None
     with open(run / METRICS, "a", encoding="utf-8") as metrics:
         metrics.write(f'{{"step": {outcome.step}, "val_loss": {val_loss}}}\n')
     bigram = Bigram.count(train_data).loss(
-        sequential_batches(val_data, config.batch_size, config.block_size, batches)
+        sequential_batches(val_data, config.batch_size, config.block_size, config.eval_batches)
     )
     comparison, reason = None, ""
     if config.compare_reference:

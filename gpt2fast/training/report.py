@@ -52,12 +52,12 @@ def plot_losses(metrics: Path, bigram: float | None, path: Path) -> None:
     FigureCanvasAgg(figure)  # draws without a display
     axes = figure.add_subplot()
     if len(train):
-        axes.plot(*train.T, color=BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
         window = max(1, len(train) // 40)
-        axes.plot(
-            train[:, 0], smooth(train[:, 1], window), color=BLUE, linewidth=1.8,
-            label=f"training, mean of {window} steps",
-        )  # fmt: skip
+        label = "training, each step" if window > 1 else "training"
+        axes.plot(*train.T, color=BLUE, alpha=0.3 if window > 1 else 1, linewidth=0.8, label=label)
+        if window > 1:
+            label = f"training, mean of {window} steps"
+            axes.plot(train[:, 0], smooth(train[:, 1], window), color=BLUE, lw=1.8, label=label)
     if len(val):
         axes.plot(*val.T, "o-", color=ORANGE, markersize=5, linewidth=1, label="validation")
     if bigram is not None:

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-__all__ = ["CHECKPOINTS", "CONFIG", "METRICS", "RUNS", "create_run", "newest_run", "runs_below"]
+__all__ = ["CHECKPOINTS", "CONFIG", "METRICS", "RUNS", "create_run", "newest_run"]
 
 RUNS: Final = Path("runs")
 CONFIG: Final = "train_config.json"
@@ -67,17 +67,16 @@ def create_run(out: Path | None, *, overwrite: bool = False) -> Path:
     return out
 
 
-def runs_below(folder: Path = RUNS) -> list[Path]:
-    """The runs in `folder`, oldest first by when they began."""
-    found = [path.parent for path in folder.glob(f"*/{CONFIG}")]
-    return sorted(found, key=lambda run: (run / CONFIG).stat().st_mtime_ns)
-
-
 def newest_run(folder: Path = RUNS) -> Path:
-    """The run in `folder` that began last. Raises FileNotFoundError where there is none."""
-    runs = runs_below(folder)
+    """The run in `folder` that began last, of those with a checkpoint if there is one.
+
+    Raises:
+        FileNotFoundError: there is no run.
+    """
+    runs = [path.parent for path in folder.glob(f"*/{CONFIG}")]
+    runs = [run for run in runs if any((run / CHECKPOINTS).glob("step_*"))] or runs
     if not runs:
         raise FileNotFoundError(
             errno.ENOENT, "no runs here: `gpt2fast train` makes one", str(folder)
         )
-    return runs[-1]
+    return max(runs, key=lambda run: ((run / CONFIG).stat().st_mtime_ns, run.name))
