@@ -220,9 +220,7 @@ def test_weights_may_change_between_forward_and_backward() -> None:
     """Gradients of a reduced loss exist since forward; only a second backward needs the weights."""
     i = some_inputs(9, 80, 304)
     weight = i["weight"].clone().requires_grad_()
-    (expected,) = torch.autograd.grad(
-        linear_cross_entropy(i["x"], weight, i["targets"]), [weight]
-    )
+    (expected,) = torch.autograd.grad(linear_cross_entropy(i["x"], weight, i["targets"]), [weight])
     loss = linear_cross_entropy(i["x"], weight, i["targets"])
     with torch.no_grad():
         weight.zero_()

@@ -145,9 +145,7 @@ def test_resume_from_an_older_checkpoint(
     assert_same_bits(result.checkpoint, uninterrupted)
 
 
-def test_a_finished_run_goes_on_only_when_asked(
-    tiny: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_finished_run_goes_on_only_when_asked(tiny: dict[str, Any], tmp_path: Path) -> None:
     run = start_run(TrainConfig(**{**tiny, "max_steps": 6}), tmp_path / "run").run
     with pytest.raises(ValueError, match=r"is finished: step 6 of 6.*--max-steps"):
         resume_run(run)
