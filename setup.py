@@ -2,6 +2,8 @@
 
 The reason and the compiler are written to gpt2fast/_build_info.json, which `gpt2fast info` shows.
 GPT2FAST_REQUIRE=cpu,cuda turns a missing part into an error; GPT2FAST_SKIP=cpu,cuda leaves it out.
+GPT2FAST_TEST_WIDE=1 adds sixteen-lane kernels that run on any CPU; GPT2FAST_SANITIZE=address,undefined
+checks memory (both for tests).
 """
 
 import json
@@ -116,6 +118,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPYBIND11_INCLUDE={self.pybind11_headers(build)}",
             f"-DGPT2FAST_SANITIZE={os.environ.get('GPT2FAST_SANITIZE', '')}",
+            f"-DGPT2FAST_TEST_WIDE={os.environ.get('GPT2FAST_TEST_WIDE', '0')}",
         ]
         run(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options)
         run(cmake, "--build", build, "--parallel", str(os.cpu_count() or 1))

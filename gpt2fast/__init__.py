@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt2fast import functional, nn
+    from gpt2fast import functional, nn, optim
     from gpt2fast.backends import BackendUnavailable, keep_freed_memory, use_backend
     from gpt2fast.generation import generate
     from gpt2fast.model import GPT, GPTConfig, KVCache
@@ -24,6 +24,7 @@ __all__ = [
     "generate",
     "keep_freed_memory",
     "nn",
+    "optim",
     "use_backend",
 ]
 

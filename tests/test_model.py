@@ -268,7 +268,7 @@ def test_wrong_input_is_named(call: object, error: type[Exception], message: str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_head": 3}, "n_embd=768 is not divisible by n_head=3"),
+        ({"n_head": 7}, "n_embd=768 is not divisible by n_head=7"),
         ({"n_layer": 0}, "n_layer must be at least 1"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
     ],

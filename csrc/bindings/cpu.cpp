@@ -11,6 +11,11 @@
 #define GPT2FAST_ISA portable
 #include "declare.inc"
 #undef GPT2FAST_ISA
+#ifdef GPT2FAST_HAS_wide
+#define GPT2FAST_ISA wide
+#include "declare.inc"
+#undef GPT2FAST_ISA
+#endif
 #ifdef GPT2FAST_HAS_avx2
 #define GPT2FAST_ISA avx2
 #include "declare.inc"
@@ -31,6 +36,13 @@ static void bind_portable(py::module_ module) {
 #include "kernels.inc"
 #undef GPT2FAST_ISA
 }
+#ifdef GPT2FAST_HAS_wide
+static void bind_wide(py::module_ module) {
+#define GPT2FAST_ISA wide
+#include "kernels.inc"
+#undef GPT2FAST_ISA
+}
+#endif
 #ifdef GPT2FAST_HAS_avx2
 static void bind_avx2(py::module_ module) {
 #define GPT2FAST_ISA avx2
@@ -67,6 +79,10 @@ static bool keep_freed_memory() {
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of gpt2fast; pointers and sizes as integers. Use gpt2fast.functional.";
   py::list runnable;  // instruction sets that this CPU runs, the fastest last
+#ifdef GPT2FAST_HAS_wide
+  bind_wide(module.def_submodule("wide"));
+  runnable.append("wide");
+#endif
   bind_portable(module.def_submodule("portable"));
   runnable.append("portable");
 #ifdef GPT2FAST_HAS_avx2

@@ -5,7 +5,14 @@
 // function of a shared namespace compiled with AVX-512 flags could replace the baseline's at link time.
 #pragma once
 #include <stdint.h>
-#if defined(__AVX2__)
+
+// GPT2FAST_VL sets the number of lanes without intrinsics: tests run AVX-512's sixteen on any machine.
+#if !defined(GPT2FAST_VL) && defined(__AVX512F__)
+#define GPT2FAST_AVX512 1
+#elif !defined(GPT2FAST_VL) && defined(__AVX2__)
+#define GPT2FAST_AVX2 1
+#endif
+#if defined(GPT2FAST_AVX512) || defined(GPT2FAST_AVX2)
 #include <immintrin.h>
 #endif
 #if defined(_OPENMP)
@@ -26,9 +33,11 @@ struct f16 {
   uint16_t bits;
 };
 
-#if defined(__AVX512F__)
-constexpr int VL = 16;  // floats in a vector
-#elif defined(__AVX2__)
+#if defined(GPT2FAST_VL)
+constexpr int VL = GPT2FAST_VL;  // floats in a vector
+#elif defined(GPT2FAST_AVX512)
+constexpr int VL = 16;
+#elif defined(GPT2FAST_AVX2)
 constexpr int VL = 8;
 #else
 constexpr int VL = 4;
@@ -46,27 +55,27 @@ GPT2FAST_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes)
 
 // a > b ? a : b, so the second operand comes back where either is NaN (as x86 maxps does).
 GPT2FAST_INLINE vf vmax(vf a, vf b) {
-#if defined(__AVX512F__)
+#if defined(GPT2FAST_AVX512)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
+#elif defined(GPT2FAST_AVX2)
   return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return select(a > b, a, b);
 #endif
 }
 GPT2FAST_INLINE vf vmin(vf a, vf b) {
-#if defined(__AVX512F__)
+#if defined(GPT2FAST_AVX512)
   return (vf)_mm512_min_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
+#elif defined(GPT2FAST_AVX2)
   return (vf)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   return select(a < b, a, b);
 #endif
 }
 GPT2FAST_INLINE vf vsqrt(vf x) {
-#if defined(__AVX512F__)
+#if defined(GPT2FAST_AVX512)
   return (vf)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
+#elif defined(GPT2FAST_AVX2)
   return (vf)_mm256_sqrt_ps((__m256)x);
 #else
   for (int i = 0; i < VL; ++i) x[i] = __builtin_sqrtf(x[i]);
@@ -100,9 +109,9 @@ GPT2FAST_INLINE vh narrow(vf x, bf16) {  // round to nearest even, NaN stays NaN
 }
 
 GPT2FAST_INLINE vf widen(const vh h, f16) {
-#if defined(__AVX512F__)
+#if defined(GPT2FAST_AVX512)
   return (vf)_mm512_cvtph_ps((__m256i)h);
-#elif defined(__F16C__)
+#elif defined(GPT2FAST_AVX2)
   return (vf)_mm256_cvtph_ps((__m128i)h);
 #else
   // Exponent re-biased by a multiplication, which also normalises subnormals; inf and NaN set apart.
@@ -114,9 +123,9 @@ GPT2FAST_INLINE vf widen(const vh h, f16) {
 #endif
 }
 GPT2FAST_INLINE vh narrow(vf x, f16) {  // round to nearest even
-#if defined(__AVX512F__)
+#if defined(GPT2FAST_AVX512)
   return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__F16C__)
+#elif defined(GPT2FAST_AVX2)
   return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const vu u = as_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
@@ -234,10 +243,10 @@ GPT2FAST_INLINE int share_count(i64 count, i64 grain, int threads) {
 // Shares are multiples of `grain` items.
 template <class Body>
 GPT2FAST_INLINE void parallel_shares(i64 count, i64 grain, int threads, const Body& body) {
-  const i64 units = (count + grain - 1) / grain;
   threads = share_count(count, grain, threads);
 #if defined(_OPENMP)
   if (threads > 1) {
+    const i64 units = (count + grain - 1) / grain;
 #pragma omp parallel num_threads(threads)
     {
       const i64 team = omp_get_num_threads(), me = omp_get_thread_num();
@@ -250,7 +259,6 @@ GPT2FAST_INLINE void parallel_shares(i64 count, i64 grain, int threads, const Bo
     return;
   }
 #endif
-  (void)threads;
   body(0, i64(0), count);
 }
 

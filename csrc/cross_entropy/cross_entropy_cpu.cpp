@@ -117,8 +117,8 @@ template <class T>
 static void write_row(const T* z, T* out, i64 columns, i64 classes, i64 target, float max, float sum, float u,
                       float smoothing, float z_loss) {
   const float lse = max + __builtin_logf(sum), at_target = get(z + target);
-  const float slope = 1.0f + 2.0f * z_loss * lse;  // d(lse + zl lse^2) / d lse
-  const float scale = u * slope / sum, uniform = smoothing / classes, rest = u * uniform;
+  const float penalty = 2.0f * z_loss * lse;  // d(zl lse^2) / d lse
+  const float scale = u * (1.0f + penalty) / sum, uniform = smoothing / classes, rest = u * uniform;
   i64 c = 0;
   for (; c + VL <= classes; c += VL)
     store(out + c, exp_nonpositive<true>(load(z + c) - max) * scale - rest);
@@ -127,7 +127,7 @@ static void write_row(const T* z, T* out, i64 columns, i64 classes, i64 target, 
   for (c = classes; c < columns; c += VL) store_at(out + c, vf{}, columns - c < VL ? columns - c : i64(VL));
   // p_t - 1 in fp32, before u and before rounding to T.
   const float p = exp_nonpositive<true>(splat(at_target - max))[0] / sum;
-  put(out + target, u * (p * slope - (1.0f - smoothing) - uniform));
+  put(out + target, u * ((p - 1.0f) + (smoothing - uniform) + p * penalty));
 }
 
 template <class T>

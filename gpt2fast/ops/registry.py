@@ -24,7 +24,8 @@ def register(
 
     def without_autocast(*args: Any, **kwargs: Any) -> Any:
         # Inputs were cast in `functional`; matrix products inside a backend keep their dtypes.
-        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        inputs = (t for a in args for t in (a if isinstance(a, list) else (a,)))
+        device = next(t for t in inputs if isinstance(t, torch.Tensor)).device.type
         if not torch.is_autocast_enabled(device):
             return implementation(*args, **kwargs)
         with torch.autocast(device, enabled=False):

@@ -146,8 +146,17 @@ def test_wrong_arguments(arguments: tuple, error: type[Exception], message: str)
 def test_wrong_residual() -> None:
     with pytest.raises(ValueError, match="residual must have shape"):
         add_layer_norm(torch.zeros(3, 4), torch.zeros(4))
-    with pytest.raises(TypeError, match=r"residual is torch\.float64 but x is torch\.float32"):
-        add_layer_norm(torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.float64))
+    with pytest.raises(TypeError, match="residual must be floating point"):
+        add_layer_norm(torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.int64))
+
+
+def test_half_precision_branch_on_fp32_stream() -> None:
+    x, branch = torch.randn(3, 80), torch.randn(3, 80, dtype=torch.bfloat16, requires_grad=True)
+    total, y = add_layer_norm(x, branch)
+    assert total.dtype == y.dtype == torch.float32
+    assert torch.equal(total, x + branch)
+    y.square().sum().backward()
+    assert branch.grad.dtype == torch.bfloat16
 
 
 def test_reference_and_kernel_differ_in_bits() -> None:

@@ -1,7 +1,7 @@
 """The GELU-MLP on torch's BLAS and the C++ kernels (csrc/gelu, csrc/gelu_mlp).
 
-Forward saves h = x fc_weight^T without its bias: the GELU kernel adds the bias while it reads h, and
-the product needs no pass to spread a bias first. Backward makes one pass over h and dact, which
+Forward saves h = x fc_weight^T without its bias: the GELU kernel adds the bias while it reads h,
+and the product needs no pass to spread a bias first. Backward makes one pass over h and dact, which
 writes the activation (for dproj_weight), dh over dact in place, and the bias gradient.
 """
 

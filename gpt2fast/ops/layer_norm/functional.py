@@ -1,5 +1,6 @@
 """The public layer norm functions."""
 
+import torch
 from torch import Tensor
 
 from gpt2fast.backends import choose
@@ -7,7 +8,6 @@ from gpt2fast.ops.checks import (
     check_floating,
     check_parameter,
     check_same_device,
-    check_same_dtype,
     check_shape,
 )
 from gpt2fast.ops.layer_norm import autograd, reference
@@ -61,11 +61,12 @@ def add_layer_norm(
 
     Args:
         x: (..., C), float32, bfloat16 or float16.
-        residual: like x.
+        residual: of x's shape; where the dtypes differ (a half-precision branch under autocast), the
+            wider one is taken for both, as in torch's addition.
         weight, bias, eps: as for :func:`layer_norm`.
 
     Returns:
-        (s, y), both of x's shape and dtype.
+        (s, y), both of x's shape and the dtype of x + residual.
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
@@ -73,8 +74,9 @@ def add_layer_norm(
     _check(x, weight, bias)
     check_floating("residual", residual)
     check_shape("residual", residual, tuple(x.shape), "that of x")
-    check_same_dtype("residual", residual, "x", x)
     check_same_device("residual", residual, "x", x)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    x, residual = x.to(dtype), residual.to(dtype)
     backend = choose(x)
     if backend == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)

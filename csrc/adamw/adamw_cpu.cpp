@@ -1,0 +1,128 @@
+// AdamW on a whole model at once, and the norm over all gradients for clipping.
+//
+//   step      g' = g * grad_scale,  m += (1 - beta1) (g' - m),  v += (1 - beta2) (g'^2 - v)
+//             p -= lr * weight_decay * p + lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+//   norm      sqrt(sum of all squares)
+//   source    Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", as torch.optim.AdamW. Written as
+//             differences, 1 - beta is rounded relative to itself: beta2 = 0.999 in fp32 misses by 1e-5 of 1 - beta2,
+//             and v would settle that far from the truth.
+//   layout    a table row of int64 per tensor; all of a tensor's elements are contiguous in memory. p and g are
+//             float, bf16 or f16, m and v are float.
+//   moves     step 7 elements per parameter (p, m, v read and written in place, g read); norm 1.
+//   work      step: the elements of all tensors, one after the other, are shared out evenly among threads.
+//             norm: blocks of BLOCK elements within a tensor, each summed in fp64 (squares of fp32 numbers neither
+//             overflow nor vanish), the blocks' sums added in order: the number of threads changes no bit.
+#include "common/simd.h"
+#include "adamw/adamw_cpu.h"
+
+namespace gpt2fast {
+namespace GPT2FAST_ISA {
+
+constexpr i64 STEP_GRAIN = 4096;
+constexpr i64 BLOCK = 16384;
+
+struct Update {  // what the step's scalars come to, in fp32
+  float scale, new1, old1, new2, old2, decay, rate, inverse_root, eps;
+};
+
+// base + weight * (other - base): the small weight is given, so that its rounding is relative to it.
+GPT2FAST_INLINE vf average(vf old_value, vf new_value, float new_weight, float old_weight) {
+  return new_weight <= 0.5f ? old_value + (new_value - old_value) * new_weight
+                            : new_value + (old_value - new_value) * old_weight;
+}
+
+template <class T>
+static void update(T* p, const T* g, float* m, float* v, i64 count, const Update& u) {
+  for_columns(count, [&](i64 i, i64 n) {
+    const vf grad = load_at(g + i, n) * u.scale, value = load_at(p + i, n);
+    const vf first = average(load_at(m + i, n), grad, u.new1, u.old1);
+    const vf second = average(load_at(v + i, n), grad * grad, u.new2, u.old2);
+    store_at(m + i, first, n);
+    store_at(v + i, second, n);
+    const vf direction = first / (vsqrt(second) * u.inverse_root + u.eps);
+    store_at(p + i, value - (value * u.decay + direction * u.rate), n);
+  });
+}
+
+// body(tensor, begin, end) for the parts of the tensors that make up [begin, end) of their concatenation, where
+// a tensor counts size(tensor) units.
+template <class Size, class Body>
+GPT2FAST_INLINE void for_parts(i64 tensors, i64 begin, i64 end, const Size& size, const Body& body) {
+  i64 start = 0;
+  for (i64 t = 0; t < tensors && start < end; ++t) {
+    const i64 length = size(t);
+    const i64 low = begin > start ? begin - start : 0, high = end - start < length ? end - start : length;
+    if (low < high) body(t, low, high);
+    start += length;
+  }
+}
+
+// table: rows of p, g, m, v, size, dtype. grad_scale: a float or 0.
+void adamw_step(uintptr_t table, i64 tensors, uintptr_t grad_scale, double step, double lr, double beta1,
+                double beta2, double eps, double weight_decay, int threads) {
+  const auto row = [&](i64 t) { return (const i64*)table + 6 * t; };
+  const double correction1 = 1.0 - __builtin_pow(beta1, step), correction2 = 1.0 - __builtin_pow(beta2, step);
+  Update u;
+  u.scale = grad_scale ? *(const float*)grad_scale : 1.0f;
+  u.new1 = float(1.0 - beta1), u.old1 = float(beta1);
+  u.new2 = float(1.0 - beta2), u.old2 = float(beta2);
+  u.decay = float(lr * weight_decay), u.rate = float(lr / correction1);
+  u.inverse_root = float(1.0 / __builtin_sqrt(correction2)), u.eps = float(eps);
+  i64 total = 0;
+  for (i64 t = 0; t < tensors; ++t) total += row(t)[4];
+  parallel_shares(total, STEP_GRAIN, threads, [&](int, i64 begin, i64 end) {
+    const auto size = [&](i64 t) { return row(t)[4]; };
+    for_parts(tensors, begin, end, size, [&](i64 t, i64 low, i64 high) {
+      const i64* r = row(t);
+      with_dtype(int(r[5]), [&](auto type) {
+        using T = decltype(type);
+        update((T*)r[0] + low, (const T*)r[1] + low, (float*)r[2] + low, (float*)r[3] + low, high - low, u);
+      });
+    });
+  });
+}
+
+typedef double vd __attribute__((vector_size(8 * VL)));
+
+template <class T>
+static double squares(const T* x, i64 count) {
+  vd sums[2] = {};
+  i64 i = 0;
+  for (; i + 2 * VL <= count; i += 2 * VL)
+    for (int k = 0; k < 2; ++k) {
+      const vd d = __builtin_convertvector(load(x + i + k * VL), vd);
+      sums[k] += d * d;
+    }
+  for (; i < count; i += VL) {
+    const vd d = __builtin_convertvector(load_at(x + i, count - i < VL ? count - i : VL), vd);
+    sums[0] += d * d;
+  }
+  double total = 0.0;
+  for (int lane = 0; lane < VL; ++lane) total += sums[0][lane] + sums[1][lane];
+  return total;
+}
+
+// table: rows of pointer, size, dtype. partials: one double for each of `blocks`, the blocks of all tensors.
+void global_norm(uintptr_t table, i64 tensors, uintptr_t norm, uintptr_t partials, i64 blocks, int threads) {
+  const auto row = [&](i64 t) { return (const i64*)table + 3 * t; };
+  parallel_shares(blocks, 1, threads, [&](int, i64 begin, i64 end) {
+    double* out = (double*)partials + begin;
+    const auto size = [&](i64 t) { return (row(t)[1] + BLOCK - 1) / BLOCK; };
+    for_parts(tensors, begin, end, size, [&](i64 t, i64 low, i64 high) {
+      const i64* r = row(t);
+      with_dtype(int(r[2]), [&](auto type) {
+        using T = decltype(type);
+        for (i64 b = low; b < high; ++b) {
+          const i64 rest = r[1] - b * BLOCK;
+          *out++ = squares((const T*)r[0] + b * BLOCK, rest < BLOCK ? rest : BLOCK);
+        }
+      });
+    });
+  });
+  double total = 0.0;
+  for (i64 b = 0; b < blocks; ++b) total += ((const double*)partials)[b];
+  *(float*)norm = float(__builtin_sqrt(total));
+}
+
+}  // namespace GPT2FAST_ISA
+}  // namespace gpt2fast

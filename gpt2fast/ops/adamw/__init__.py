@@ -1,0 +1,1 @@
+"""AdamW on a whole model in one call, and the global gradient norm."""

@@ -1,0 +1,73 @@
+"""AdamW and the global norm as torch.library ops. Neither is differentiable: a step ends a graph."""
+
+import torch
+from torch import Tensor
+
+from gpt2fast.backends import load
+from gpt2fast.ops.registry import register
+
+
+def _adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grad_scale: Tensor | None,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    backend: str,
+) -> None:
+    load("adamw", backend).adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        grad_scale,
+        step,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+    )
+
+
+def _fake_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grad_scale: Tensor | None,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    backend: str,
+) -> None:
+    return None
+
+
+def _global_norm(tensors: list[Tensor], backend: str) -> Tensor:
+    return load("adamw", backend).global_norm(tensors)
+
+
+def _fake_global_norm(tensors: list[Tensor], backend: str) -> Tensor:
+    return tensors[0].new_empty((), dtype=torch.float32)
+
+
+adamw = register(
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor? grad_scale, float step, float lr, float beta1, float beta2, float eps,"
+    " float weight_decay, str backend) -> ()",
+    _adamw,
+    _fake_adamw,
+)
+global_norm = register(
+    "global_norm(Tensor[] tensors, str backend) -> Tensor", _global_norm, _fake_global_norm
+)

@@ -1,0 +1,82 @@
+"""Token and position embedding as torch.library ops and the autograd Function on them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gpt2fast.backends import load
+from gpt2fast.ops.registry import register
+
+
+def _forward(idx: Tensor, wte: Tensor, wpe: Tensor, position: int, backend: str) -> Tensor:
+    return load("embedding", backend).forward(idx, wte, wpe, position)
+
+
+def _backward(
+    dy: Tensor,
+    idx: Tensor,
+    vocabulary: int,
+    positions: int,
+    position: int,
+    need_wte: bool,
+    need_wpe: bool,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    return load("embedding", backend).backward(
+        dy, idx, vocabulary, positions, position, need_wte, need_wpe
+    )
+
+
+def _fake_forward(idx: Tensor, wte: Tensor, wpe: Tensor, position: int, backend: str) -> Tensor:
+    return wte.new_empty((*idx.shape, wte.shape[1]))
+
+
+def _fake_backward(
+    dy: Tensor,
+    idx: Tensor,
+    vocabulary: int,
+    positions: int,
+    position: int,
+    need_wte: bool,
+    need_wpe: bool,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    columns = dy.shape[2]
+    return (
+        dy.new_empty((vocabulary, columns)) if need_wte else None,
+        dy.new_empty((positions, columns)) if need_wpe else None,
+    )
+
+
+embedding_forward = register(
+    "embedding_forward(Tensor idx, Tensor wte, Tensor wpe, SymInt position, str backend) -> Tensor",
+    _forward,
+    _fake_forward,
+)
+embedding_backward = register(
+    "embedding_backward(Tensor dy, Tensor idx, SymInt vocabulary, SymInt positions,"
+    " SymInt position, bool need_wte, bool need_wpe, str backend) -> (Tensor?, Tensor?)",
+    _backward,
+    _fake_backward,
+)
+
+
+class Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, idx: Tensor, wte: Tensor, wpe: Tensor, position: int, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(idx)
+        ctx.sizes = wte.shape[0], wpe.shape[0], position
+        ctx.backend = backend
+        return embedding_forward(idx, wte, wpe, position, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (idx,) = ctx.saved_tensors
+        need_wte, need_wpe = ctx.needs_input_grad[1:3]
+        dwte, dwpe = embedding_backward(dy, idx, *ctx.sizes, need_wte, need_wpe, ctx.backend)
+        return None, dwte, dwpe, None, None

@@ -1,0 +1,59 @@
+"""The public embedding function."""
+
+import torch
+from torch import Tensor
+
+from gpt2fast.backends import choose
+from gpt2fast.ops.checks import (
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+)
+from gpt2fast.ops.embedding import autograd, reference
+
+
+def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tensor:
+    """Token and position embedding: out[b, t] = wte[idx[b, t]] + wpe[position + t].
+
+    Args:
+        idx: (B, T), int64 or int32, each 0 <= idx < V.
+        wte: (V, C), float32, bfloat16 or float16: the tokens' table.
+        wpe: (P, C), of wte's dtype: the positions' table.
+        position: the position of idx[:, 0], for decoding with a cache; position + T <= P.
+
+    Returns:
+        (B, T, C) of wte's dtype. Gradients are dense, deterministic and summed in fp32.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named.
+        IndexError: on the CPU, an index outside of wte, with its place. Kernels on a GPU do not
+            check, since that would wait for the device.
+    """
+    check_tensor("idx", idx)
+    if idx.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"idx must be int64 or int32, got {idx.dtype}")
+    if idx.dim() != 2:
+        raise ValueError(f"idx must have shape (B, T), got {tuple(idx.shape)}")
+    check_floating("wte", wte)
+    check_floating("wpe", wpe)
+    for name, table in (("wte", wte), ("wpe", wpe)):
+        if table.dim() != 2 or table.shape[1] == 0:
+            raise ValueError(
+                f"{name} must have shape (rows, C) with C of at least one, got {tuple(table.shape)}"
+            )
+    if wpe.shape[1] != wte.shape[1]:
+        raise ValueError(f"wpe has {wpe.shape[1]} columns but wte has {wte.shape[1]}")
+    check_same_dtype("wpe", wpe, "wte", wte)
+    check_same_device("wpe", wpe, "wte", wte)
+    check_same_device("idx", idx, "wte", wte)
+    length = idx.shape[1]
+    if position < 0 or position + length > wpe.shape[0]:
+        raise ValueError(
+            f"position {position} and {length} tokens need rows {position} to"
+            f" {position + length - 1} of wpe, which has {wpe.shape[0]}"
+        )
+    backend = choose(wte)
+    if backend == "reference":
+        return reference.embedding(idx, wte, wpe, position)
+    return autograd.Embedding.apply(idx.long(), wte, wpe, position, backend)

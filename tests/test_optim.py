@@ -1,0 +1,243 @@
+"""gpt2fast.optim.AdamW against torch.optim.AdamW."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gpt2fast
+from gpt2fast.optim import AdamW
+
+OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+def groups(dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+    """GPT-2's two groups on a few odd tensors, the same at every call."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(65, 33), (7,), (300,), (1025, 3), ()]
+    params = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+    return [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, "lr": 1e-3},
+    ]
+
+
+def flat(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def set_gradients(params: list[Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=generator) * 0.3).to(p.dtype)
+
+
+def run(optimizer: torch.optim.Optimizer, first: int, last: int, clip: float | None) -> None:
+    for step in range(first, last):
+        set_gradients(flat(optimizer), step)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(flat(optimizer), clip)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0, 1e6])
+def test_follows_torch_over_many_steps(isa: str, max_norm: float | None) -> None:
+    truth = torch.optim.AdamW(groups(torch.float64), **OPTIONS)
+    theirs = torch.optim.AdamW(groups(), **OPTIONS)
+    ours = AdamW(groups(), **OPTIONS, max_norm=max_norm)
+    for optimizer in (truth, theirs):
+        run(optimizer, 0, 200, max_norm)
+    run(ours, 0, 200, None)
+    for p, q, t in zip(flat(ours), flat(theirs), flat(truth), strict=True):
+        error, reference = (p - t).abs().max(), (q - t).abs().max()
+        assert error <= 2 * reference + 3e-7 * t.abs().max()
+
+
+def test_fp64_agrees_with_torch() -> None:
+    ours = AdamW(groups(torch.float64), **OPTIONS, max_norm=1.0)
+    theirs = torch.optim.AdamW(groups(torch.float64), **OPTIONS)
+    run(ours, 0, 50, None)
+    run(theirs, 0, 50, 1.0)
+    for p, q in zip(flat(ours), flat(theirs), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_not_written_and_the_norm_is_given() -> None:
+    ours = AdamW(groups(), **OPTIONS, max_norm=1.0)
+    assert ours.grad_norm is None
+    set_gradients(flat(ours), 0)
+    before = [p.grad.clone() for p in flat(ours)]
+    ours.step()
+    for p, kept in zip(flat(ours), before, strict=True):
+        assert torch.equal(p.grad, kept)
+    torch.testing.assert_close(ours.grad_norm, torch.cat([g.flatten() for g in before]).norm())
+
+
+def test_infinite_max_norm_measures_only() -> None:
+    plain, measuring = AdamW(groups(), **OPTIONS), AdamW(groups(), max_norm=torch.inf, **OPTIONS)
+    for optimizer in (plain, measuring):
+        run(optimizer, 0, 3, None)
+    assert plain.grad_norm is None
+    assert measuring.grad_norm > 0
+    for p, q in zip(flat(plain), flat(measuring), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_state_goes_from_one_class_to_the_other(ours_first: bool) -> None:
+    """20 steps in one class, its state into the other, 20 more: as 40 steps of torch."""
+
+    def torch_adamw() -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups(), **OPTIONS)
+
+    def our_adamw() -> torch.optim.Optimizer:
+        return AdamW(groups(), **OPTIONS)
+
+    make_first, make_second = (our_adamw, torch_adamw) if ours_first else (torch_adamw, our_adamw)
+    first, second, whole = make_first(), make_second(), torch_adamw()
+    run(first, 0, 20, None)
+    for p, q in zip(flat(second), flat(first), strict=True):
+        p.data.copy_(q.data)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(second, 20, 40, None)
+    run(whole, 0, 40, None)
+    assert second.param_groups[1]["lr"] == 1e-3
+    assert second.state_dict()["state"].keys() == whole.state_dict()["state"].keys()
+    for p, q in zip(flat(second), flat(whole), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        state, expected = second.state[p], whole.state[q]
+        assert state.keys() == expected.keys()
+        assert state["step"] == expected["step"] == 40
+        assert state["step"].dtype == expected["step"].dtype
+        torch.testing.assert_close(state["exp_avg_sq"], expected["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_exact(dtype: torch.dtype) -> None:
+    whole, first, second = (AdamW(groups(dtype), **OPTIONS, max_norm=1.0) for _ in range(3))
+    run(whole, 0, 10, None)
+    run(first, 0, 5, None)
+    for p, q in zip(flat(second), flat(first), strict=True):
+        p.data.copy_(q.data)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(second, 5, 10, None)
+    for p, q in zip(flat(second), flat(whole), strict=True):
+        assert second.state[p]["exp_avg"].dtype == torch.float32
+        assert torch.equal(p, q)
+
+
+def test_options_that_are_not_offered_are_refused_on_load() -> None:
+    theirs = torch.optim.AdamW(groups(), amsgrad=True)
+    run(theirs, 0, 1, None)
+    with pytest.raises(ValueError, match="amsgrad=True"):
+        AdamW(groups()).load_state_dict(theirs.state_dict())
+
+
+def test_missing_gradients_are_skipped_and_steps_may_differ() -> None:
+    ours, theirs = AdamW(groups(), **OPTIONS), torch.optim.AdamW(groups(), **OPTIONS)
+    for optimizer in (ours, theirs):
+        for step in range(4):
+            set_gradients(flat(optimizer), step)
+            if step < 2:
+                flat(optimizer)[0].grad = None
+            optimizer.step()
+    assert ours.state[flat(ours)[0]]["step"] == 2
+    assert ours.state[flat(ours)[1]]["step"] == 4
+    for p, q in zip(flat(ours), flat(theirs), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def test_no_gradient_at_all() -> None:
+    ours = AdamW(groups(), max_norm=1.0)
+    ours.step()
+    assert ours.grad_norm == 0
+    assert not ours.state
+
+
+def test_not_finite_gradient_behaves_as_torch() -> None:
+    ours, theirs = AdamW(groups(), max_norm=1.0), torch.optim.AdamW(groups())
+    for optimizer in (ours, theirs):
+        set_gradients(flat(optimizer), 0)
+        flat(optimizer)[0].grad[0, 0] = torch.nan
+    torch.nn.utils.clip_grad_norm_(flat(theirs), 1.0)
+    ours.step()
+    theirs.step()
+    assert ours.grad_norm.isnan()
+    for p, q in zip(flat(ours), flat(theirs), strict=True):
+        assert torch.equal(p.isnan(), q.isnan())
+
+
+def test_closure_and_scheduler_and_tensor_lr() -> None:
+    p = torch.tensor([3.0], requires_grad=True)
+    optimizer = AdamW([p], lr=torch.tensor(0.1), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 9.0
+    assert abs(p.item() - 2.9) < 1e-5
+    schedule.step()
+    optimizer.step(closure)
+    assert abs(p.item() - 2.85) < 1e-3
+
+
+def test_named_parameters_and_layouts() -> None:
+    model = torch.nn.Linear(4, 6)
+    model.weight = torch.nn.Parameter(torch.randn(4, 6).t())
+    twin = copy.deepcopy(model)
+    ours = AdamW(model.named_parameters(), **OPTIONS)
+    theirs = torch.optim.AdamW(twin.named_parameters(), **OPTIONS)
+    x = torch.randn(3, 4)
+    for net, optimizer in ((model, ours), (twin, theirs)):
+        for _ in range(5):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = AdamW(table.parameters())
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+
+
+def test_reference_backend_gives_the_same() -> None:
+    ours, reference = (AdamW(groups(), **OPTIONS, max_norm=1.0) for _ in range(2))
+    run(ours, 0, 10, None)
+    with gpt2fast.use_backend("reference"):
+        run(reference, 0, 10, None)
+    for p, q in zip(flat(ours), flat(reference), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must not be negative, got -1.0"),
+        ({"lr": float("nan")}, "lr must not be negative, got nan"),
+        ({"lr": torch.ones(2)}, "lr must be a number or a tensor of one element"),
+        ({"betas": (1.0, 0.9)}, r"betas\[0\] must be at least 0 and below 1"),
+        ({"betas": (0.9, -0.1)}, r"betas\[1\] must be at least 0 and below 1"),
+        ({"eps": -1e-8}, "eps must not be negative"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        ({"max_norm": 0.0}, "max_norm must be positive or None, got 0.0"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdamW([torch.zeros(3, requires_grad=True)], **options)
+
+
+def test_complex_parameters_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"parameters must be floating point, got torch\.complex64"):
+        AdamW([torch.zeros(3, dtype=torch.complex64, requires_grad=True)])
