@@ -28,7 +28,8 @@ namespace GPT2FAST_ISA {
 constexpr int MR = VL == 16 ? 8 : 6, NV = 2, NR = NV * VL;  // 12 of 16 registers, 16 of 32 with AVX-512
 constexpr i64 BQ = 48, BK = 96;                             // multiples of MR, BK also of NR
 constexpr i64 DIRECT = 4;
-constexpr i64 UNIT_WORK = 1 << 16;  // multiply-adds below which a second thread costs more than it brings
+// Multiply-adds below which a second thread costs more than it brings; where k and v are read once, memory counts.
+constexpr i64 UNIT_WORK = 1 << 16, DIRECT_WORK = 1 << 14;
 constexpr float NONE = -__builtin_inff();
 
 static_assert(BQ % MR == 0 && BK % MR == 0 && BK % NR == 0, "blocks are whole tiles");
@@ -180,6 +181,24 @@ GPT2FAST_INLINE void transpose(vf (&x)[VL]) {
   exchange<1>(x);
 }
 
+// The largest lane and the sum of the lanes, in every lane (or one): shuffles, where hmax and hsum go to memory.
+template <int W, int... I>
+GPT2FAST_INLINE vf swapped(vf x, Lanes<I...>) {
+  return __builtin_shufflevector(x, x, (I ^ W)...);
+}
+template <int W = VL / 2>
+GPT2FAST_INLINE vf lanes_max(vf x) {
+  x = vmax(x, swapped<W>(x, typename MakeLanes<VL>::type()));
+  if constexpr (W > 1) return lanes_max<W / 2>(x);
+  else return x;
+}
+template <int W = VL / 2>
+GPT2FAST_INLINE float lanes_sum(vf x) {
+  x += swapped<W>(x, typename MakeLanes<VL>::type());
+  if constexpr (W > 1) return lanes_sum<W / 2>(x);
+  else return x[0];
+}
+
 // Rows of `size` elements to rows of `width` floats, multiplied by factor, zero-padded in both directions.
 template <class T>
 static void pack_rows(const T* from, i64 stride, i64 rows, i64 size, float factor, float* to, i64 width,
@@ -245,6 +264,10 @@ struct Arena {
   }
 };
 
+static int share_limit(double work, i64 unit, int threads) {
+  return work >= double(unit) * threads ? threads : int(work / unit) + 1;
+}
+
 // ---- forward ---------------------------------------------------------------------------------------
 
 struct ForwardSpace {
@@ -283,9 +306,9 @@ GPT2FAST_INLINE void softmax_row(float* s, i64 n, i64 end, float& top, float& su
   vf most = splat(top);
   for (i64 c = 0; c < whole; c += VL) most = vmax(most, load(s + c));
   if (whole < n) most = vmax(most, select(inside, load(s + whole), splat(NONE)));
-  const float before = top, now = hmax(most);
-  top = now;
-  factor = exp_below(splat(before - now))[0];
+  const vf now = lanes_max(most);
+  factor = exp_below(top - now)[0];
+  top = now[0];
   vf total = {};
   for (i64 c = 0; c < whole; c += VL) {
     const vf p = exp_below(load(s + c) - now);
@@ -300,7 +323,7 @@ GPT2FAST_INLINE void softmax_row(float* s, i64 n, i64 end, float& top, float& su
     c += VL;
   }
   if (c < end) zero(s + c, end - c);
-  sum = sum * factor + hsum(total);
+  sum = sum * factor + lanes_sum(total);
 }
 
 template <bool DROP>
@@ -416,8 +439,8 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
     for (i64 block = 0; block < blocks && rest >= cost(block); ++block, ++unit) rest -= cost(block);
     return unit;
   };
-  const double work = double(all_heads) * head_cost * smaller(queries, BQ) * size;
-  const int shares = work > double(UNIT_WORK) * threads ? threads : int(work / UNIT_WORK) + 1;
+  const int shares = share_limit(double(all_heads) * head_cost * smaller(queries, BQ) * size,
+                                 direct ? DIRECT_WORK : UNIT_WORK, threads);
   parallel_shares(shares, 1, shares, [&](int, i64 begin, i64 end) {
     for (i64 share = begin; share < end; ++share) {
       ForwardSpace space(workspace, shape.keys, size);
@@ -610,8 +633,7 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
   const i64 splits = head_splits(all_heads, keys, threads), rows = up(queries, MR);
   const i64 floats = BackwardSpace(nullptr, queries, size).floats;
   float* parts = workspace + threads * floats;
-  const double work = double(all_heads) * shape.keys * queries * size;
-  const int shares = work > double(UNIT_WORK) * threads ? threads : int(work / UNIT_WORK) + 1;
+  const int shares = share_limit(double(all_heads) * keys * queries * size, UNIT_WORK, threads);
   parallel_shares(all_heads * splits, 1, shares, [&](int share, i64 begin, i64 end) {
     BackwardSpace space(workspace + share * floats, queries, size);
     i64 packed = -1;
