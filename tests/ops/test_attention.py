@@ -45,9 +45,12 @@ def check(
     assert_accurate(run, inputs, dtype=dtype, **rule)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("length", [1, 2, 7, 97, 113, 256])
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(n, torch.float32) for n in (1, 2, 7, 97, 113, 256)]
+    + [(n, dtype) for n in (1, 113) for dtype in (torch.bfloat16, torch.float16)],
+)
 def test_lengths(isa: str, length: int, causal: bool, dtype: torch.dtype) -> None:
     check(qkv_inputs(2, length, length, 3, 64), causal, dtype=dtype)
 
@@ -108,21 +111,22 @@ def test_huge_scores(isa: str, length: int) -> None:
     inputs = qkv_inputs(1, length, length, 2, 64)
     inputs["q"] *= 1e4  # scores about 1e4
     check(inputs, True)
-    inputs = {name: torch.full_like(value, 20.0) for name, value in inputs.items()}
-    check(inputs, True)  # all equal and far above exp's range
+    # Nearly equal scores of 3200, far above exp's range; dq has no size but rounding's (see below).
+    inputs["q"] = torch.full_like(inputs["q"], 20.0)
+    inputs["k"] = 20 + 0.01 * torch.randn_like(inputs["k"])
+    check(inputs, True, wanted=["k", "v"])
 
 
 def test_scores_all_very_negative_or_rising(isa: str) -> None:
     """The running maximum starts low and is replaced in every block.
 
-    dq is left out: the common offset of k multiplies the rounding of delta = rowsum(dout out), where
-    the reference's sum(P dP) cancels it. Rows that fit one block of keys do as the reference does.
+    dq is left out: it is sum(dS k) with sum(dS) = 0, so that the common offset of k multiplies nothing
+    but rounding, and that of delta = rowsum(dout out) is larger than that of the reference's sum(P dP).
     """
     inputs = qkv_inputs(1, 40, 400, 1, 16)
     inputs["q"] = torch.ones(1, 40, 1, 16)
     inputs["k"] = torch.linspace(-30, 5, 400).view(1, 400, 1, 1).expand(1, 400, 1, 16) + 0.0
     check(inputs, True, wanted=["k", "v"])
-    check({n: t[:, -90:] for n, t in inputs.items()}, True)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, -0.2, 0.0])

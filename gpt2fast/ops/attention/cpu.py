@@ -9,7 +9,7 @@ from gpt2fast.ops.registry import DTYPE_CODES
 ALL_KEYS = 1 << 40  # a diagonal beyond every key: not causal
 
 
-def _place(tensor: Tensor) -> tuple[int, int, int, int]:
+def _place(tensor: Tensor) -> tuple[int, ...]:
     """Address and strides over b, t, h of a (B, T, H, D) tensor with contiguous D."""
     return (tensor.data_ptr(), *tensor.stride()[:3])
 
@@ -71,7 +71,7 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    """Writes the gradients into dq, dk, dv: (B, T, H, D) views with contiguous D, like the inputs."""
+    """Writes the gradients into dq, dk, dv: (B, T, H, D) views with contiguous D, as the inputs."""
     batch, queries, heads, size = q.shape
     keys, threads = k.shape[1], torch.get_num_threads()
     kernels = cpu_kernels()
