@@ -84,7 +84,8 @@ def test_vocab_size(isa: str, vocab_size: int, options: dict, dtype: torch.dtype
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(
-    "case", ["sure and right", "sure and wrong", "one huge", "huge offset", "huge negative", "spread"]
+    "case",
+    ["sure and right", "sure and wrong", "one huge", "huge offset", "huge negative", "spread"],
 )
 @pytest.mark.parametrize("width", [80, 5000])
 def test_hard_logits(isa: str, width: int, case: str, options: dict) -> None:
@@ -165,7 +166,9 @@ def test_ignore_index(isa: str, ignore_index: int) -> None:
     targets[[0, 4, 8]] = ignore_index
     for options in OPTIONS:
         inputs = {"logits": torch.randn(9, 80), "targets": targets}
-        assert_accurate(lambda o=options, **kw: loss_of(ignore_index=ignore_index, **o, **kw), inputs)
+        assert_accurate(
+            lambda o=options, **kw: loss_of(ignore_index=ignore_index, **o, **kw), inputs
+        )
 
 
 def test_ignored_rows_are_not_read(isa: str) -> None:
@@ -266,7 +269,7 @@ def test_row_offsets_beyond_32_bits(isa: str) -> None:
     assert torch.equal(logits, expected.grad)
 
 
-# ---- the gradient in the logits' place ---------------------------------------------------------------
+# ---- the gradient in the logits' place ----
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -324,7 +327,7 @@ def test_inplace_backward_refuses_what_it_cannot_do() -> None:
     assert cross_entropy(torch.randn(4, 8), targets, inplace_backward=True).isfinite()
 
 
-# ---- PyTorch's machinery -----------------------------------------------------------------------------
+# ---- PyTorch's machinery ----
 
 
 def test_deterministic() -> None:
