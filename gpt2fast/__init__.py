@@ -4,10 +4,14 @@
 >>> y = gpt2fast.functional.layer_norm(torch.randn(4, 768))
 """
 
-from gpt2fast import functional, nn, optim
-from gpt2fast.backends import BackendUnavailable, keep_freed_memory, use_backend
-from gpt2fast.generation import generate
-from gpt2fast.model import GPT, GPTConfig, KVCache
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt2fast import functional, nn, optim
+    from gpt2fast.backends import BackendUnavailable, keep_freed_memory, use_backend
+    from gpt2fast.generation import generate
+    from gpt2fast.model import GPT, GPTConfig, KVCache
 
 __version__ = "0.1.0"
 
@@ -23,3 +27,29 @@ __all__ = [
     "optim",
     "use_backend",
 ]
+
+# Loaded at first use: `gpt2fast --help` does not wait for PyTorch.
+_HOMES = {
+    "BackendUnavailable": "gpt2fast.backends",
+    "keep_freed_memory": "gpt2fast.backends",
+    "use_backend": "gpt2fast.backends",
+    "generate": "gpt2fast.generation",
+    "GPT": "gpt2fast.model",
+    "GPTConfig": "gpt2fast.model",
+    "KVCache": "gpt2fast.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in __all__:
+        value = importlib.import_module(f"gpt2fast.{name}")
+    else:
+        raise AttributeError(f"module 'gpt2fast' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

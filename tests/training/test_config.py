@@ -1,5 +1,6 @@
 """The configuration: files, flags, and what is refused."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_final_decay_is_continuous_and_ends_at_min_lr() -> None:
     config = TrainConfig(max_steps=1000, warmup_steps=10, lr=1e-3)
     final = FinalDecay(400, 100)
     rates = [learning_rate(step, config, final) for step in range(390, 500)]
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
-    assert max(a - b for a, b in zip(rates, rates[1:], strict=False)) < 1e-5
+    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert max(a - b for a, b in itertools.pairwise(rates)) < 1e-5
     assert learning_rate(399, config, final) == learning_rate(399, config)
     assert math.isclose(learning_rate(500, config, final), 1e-4)

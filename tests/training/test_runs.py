@@ -1,6 +1,7 @@
 """Whole runs: learning, resuming, interruptions, and what is refused."""
 
 import errno
+import functools
 import json
 import os
 import random
@@ -17,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from gpt2fast import GPT, huggingface
-from gpt2fast.training import CheckpointError, Diverged, TrainConfig, resume_run, start_run
+from gpt2fast.training import CheckpointError, Diverged, TrainConfig, job, resume_run, start_run
 from gpt2fast.training import checkpoint as checkpoints
 from gpt2fast.training import trainer as trainers
 from gpt2fast.training.checkpoint import find_checkpoint, list_checkpoints
+from gpt2fast.training.compare import compare_with_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,18 +68,22 @@ def uninterrupted(straight: dict[str, Any], tiny_config: TrainConfig) -> Path:
     return straight["checkpoint"]  # type: ignore[no-any-return]
 
 
-def test_learns_more_than_the_bigram_model(tiny: dict[str, Any], tmp_path: Path) -> None:
-    settings = {**tiny, "max_steps": 250, "warmup_steps": 20, "dropout": 0, "grad_accum": 1}
+def test_learns_more_than_the_bigram_model(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = functools.partial(compare_with_reference, seconds=0.5)
+    monkeypatch.setattr(job, "compare_with_reference", short)
+    settings = {**tiny, "max_steps": 300, "warmup_steps": 20, "dropout": 0, "grad_accum": 1}
     settings |= {"sample_tokens": 40, "eval_interval": 100, "compare_reference": True}
     result = start_run(TrainConfig(**settings), tmp_path / "run")
     assert result.val_loss is not None
     assert result.bigram_loss is not None
-    assert result.val_loss < result.bigram_loss - 0.5
+    assert result.val_loss < result.bigram_loss - 0.4
     for name in ("loss.png", "report.json", "sample.txt", "metrics.jsonl", "train_config.json"):
         assert (result.run / name).stat().st_size > 0, name
     assert len((result.run / "sample.txt").read_text()) == 41  # and the newline or first character
     report = json.loads((result.run / "report.json").read_text())
-    assert report["tokens"] == 250 * 8 * 32
+    assert report["tokens"] == 300 * 8 * 32
     assert "validation" in result.report
     assert "bigram" in result.report
     if result.comparison is not None:
@@ -240,7 +246,7 @@ def test_the_time_limit_shortens_the_schedule(tiny: dict[str, Any], tmp_path: Pa
     lines = [json.loads(x) for x in (result.run / "metrics.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates[-1] < 0.5 * max(rates)  # the final decay was taken
-    with pytest.raises(ValueError, match="finished.*--max-minutes"):
+    with pytest.raises(ValueError, match=r"finished.*--max-minutes"):
         resume_run(result.run)
 
 
