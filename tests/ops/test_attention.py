@@ -120,8 +120,8 @@ def test_huge_scores(isa: str, length: int) -> None:
 def test_scores_all_very_negative_or_rising(isa: str) -> None:
     """The running maximum starts low and is replaced in every block.
 
-    dq is left out: it is sum(dS k) with sum(dS) = 0, so that the common offset of k multiplies nothing
-    but rounding, and that of delta = rowsum(dout out) is larger than that of the reference's sum(P dP).
+    dq is left out: it is sum(dS k) with sum(dS) = 0, so the common offset of k multiplies nothing
+    but rounding, and delta = rowsum(dout out) rounds more than the reference's sum(P dP).
     """
     inputs = qkv_inputs(1, 40, 400, 1, 16)
     inputs["q"] = torch.ones(1, 40, 1, 16)
@@ -398,6 +398,37 @@ def test_any_number_of_threads(threads: int, causal: bool) -> None:
         check(qkv_inputs(1, 500, 300, 1, 32), causal)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("size", [1, 17, 64, 100])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 33), (6, 97), (49, 31), (97, 200)])
+def test_nothing_is_written_outside(
+    isa: str,
+    queries: int,
+    keys: int,
+    size: int,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every tensor that the backend allocates gets a margin, which must stay as it was."""
+    margins = []
+    new_empty = torch.Tensor.new_empty
+
+    def guarded(like: torch.Tensor, shape: tuple[int, ...], **options: object) -> torch.Tensor:
+        count = math.prod(shape)
+        whole = new_empty(like, (count + 128,), **options).fill_(-77.0)
+        margins.extend((whole[:64], whole[64 + count :]))
+        return whole[64 : 64 + count].view(shape)
+
+    tensors = [*qkv_inputs(2, queries, keys, 3, size).values()]
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    options = (keys - queries, None, 0.0, None, "cpu")
+    out, lse = autograd._forward(*tensors, *options)
+    autograd._backward(torch.ones_like(out), *tensors, out, lse, *options)
+    assert len(margins) == 14
+    assert all(torch.equal(margin, torch.full_like(margin, -77.0)) for margin in margins)
 
 
 def test_compiles() -> None:
