@@ -164,13 +164,19 @@ template <int... I>
 struct MakeLanes<0, I...> {
   typedef Lanes<I...> type;
 };
+// Lanes of a and b put together: index VL + i is lane i of b.
+#if defined(__clang__) || __GNUC__ >= 12
+#define GPT2FAST_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, index...)
+#else
+#define GPT2FAST_SHUFFLE(a, b, index) __builtin_shuffle(a, b, vi{index...})
+#endif
 template <int W, int... I>
 GPT2FAST_INLINE vf exchange_low(vf a, vf b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, ((I & W) ? VL + I - W : I)...);
+  return GPT2FAST_SHUFFLE(a, b, ((I & W) ? VL + I - W : I));
 }
 template <int W, int... I>
 GPT2FAST_INLINE vf exchange_high(vf a, vf b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, ((I & W) ? VL + I : I + W)...);
+  return GPT2FAST_SHUFFLE(a, b, ((I & W) ? VL + I : I + W));
 }
 template <int W>
 GPT2FAST_INLINE void exchange(vf (&x)[VL]) {
@@ -193,7 +199,7 @@ GPT2FAST_INLINE void transpose(vf (&x)[VL]) {
 // The largest lane and the sum of the lanes, in every lane (or one): shuffles, where hmax and hsum go to memory.
 template <int W, int... I>
 GPT2FAST_INLINE vf swapped(vf x, Lanes<I...>) {
-  return __builtin_shufflevector(x, x, (I ^ W)...);
+  return GPT2FAST_SHUFFLE(x, x, (I ^ W));
 }
 template <int W = VL / 2>
 GPT2FAST_INLINE vf lanes_max(vf x) {
