@@ -10,8 +10,9 @@
 //             float, bf16 or f16, m and v are float.
 //   moves     step 7 elements per parameter (p, m, v read and written in place, g read); norm 1.
 //   work      step: the elements of all tensors, one after the other, are shared out evenly among threads.
-//             norm: blocks of BLOCK elements within a tensor, each summed in fp64 (squares of fp32 numbers neither
-//             overflow nor vanish), the blocks' sums added in order: the number of threads changes no bit.
+//             norm: blocks of BLOCK elements within a tensor, each summed in fp32 in two levels, and again in fp64
+//             where squares vanish or overflow in fp32; the blocks' sums are added in fp64 in order: the number
+//             of threads changes no bit.
 #include "common/simd.h"
 #include "adamw/adamw_cpu.h"
 
@@ -82,24 +83,31 @@ void adamw_step(uintptr_t table, i64 tensors, uintptr_t grad_scale, double step,
   });
 }
 
-typedef double vd __attribute__((vector_size(8 * VL)));
-
 template <class T>
 static double squares(const T* x, i64 count) {
-  vd sums[2] = {};
-  i64 i = 0;
-  for (; i + 2 * VL <= count; i += 2 * VL)
-    for (int k = 0; k < 2; ++k) {
-      const vd d = __builtin_convertvector(load(x + i + k * VL), vd);
-      sums[k] += d * d;
+  constexpr i64 GROUP = FLUSH * VL;
+  vf total = {};
+  for (i64 begin = 0; begin < count; begin += GROUP) {
+    const i64 end = begin + GROUP < count ? begin + GROUP : count;
+    vf sums[4] = {};
+    i64 i = begin;
+    for (; i + 4 * VL <= end; i += 4 * VL)
+      for (int k = 0; k < 4; ++k) {
+        const vf value = load(x + i + k * VL);
+        sums[k] += value * value;
+      }
+    for (; i < end; i += VL) {
+      const vf value = load_at(x + i, end - i < VL ? end - i : VL);
+      sums[0] += value * value;
     }
-  for (; i < count; i += VL) {
-    const vd d = __builtin_convertvector(load_at(x + i, count - i < VL ? count - i : VL), vd);
-    sums[0] += d * d;
+    total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
-  double total = 0.0;
-  for (int lane = 0; lane < VL; ++lane) total += sums[0][lane] + sums[1][lane];
-  return total;
+  double sum = 0.0;
+  for (int lane = 0; lane < VL; ++lane) sum += double(total[lane]);
+  if (sum > 1e-20 && sum < 1e37) return sum;
+  sum = 0.0;  // squares may have vanished or overflowed (or be NaN, or 0)
+  for (i64 i = 0; i < count; ++i) sum += double(get(x + i)) * double(get(x + i));
+  return sum;
 }
 
 // table: rows of pointer, size, dtype. partials: one double for each of `blocks`, the blocks of all tensors.

@@ -7,7 +7,8 @@
 //   source    Dao et al. 2022, "FlashAttention" (blocks, recomputation); Milakov and Gimelshein 2018
 //             (online softmax). Rows that see no key: out = 0, lse = -inf, no gradient.
 //   layout    (B, T, H, D) with any strides but a contiguous D: q, k, v in place in packed qkv, k and v as
-//             the first rows of a larger cache. Any D. lse is (B, H, T) contiguous.
+//             the first rows of a larger cache. Any D. lse is (2, B, H, T)
+//             contiguous: lse and its rounding error.
 //   moves     reads q, k, v once and writes out; forward 4 D, backward 10 D operations per visible pair.
 //   work      Every product is a run of MR x NR register tiles: A broadcast, B row-major. Inputs are packed in
 //             fp32 (k also transposed), zero-padded, into a workspace per thread that stays in L2.
@@ -28,7 +29,8 @@ namespace GPT2FAST_ISA {
 constexpr int MR = VL == 16 ? 8 : 6, NV = 2, NR = NV * VL;  // 12 of 16 registers, 16 of 32 with AVX-512
 constexpr i64 BQ = 48, BK = 96;                             // multiples of MR, BK also of NR
 constexpr i64 DIRECT = 4;
-constexpr i64 UNIT_WORK = 1 << 16;  // multiply-adds below which a second thread costs more than it brings
+// Multiply-adds below which a second thread costs more than it brings; where k and v are read once, memory counts.
+constexpr i64 UNIT_WORK = 1 << 16, DIRECT_WORK = 1 << 14;
 constexpr float NONE = -__builtin_inff();
 
 static_assert(BQ % MR == 0 && BK % MR == 0 && BK % NR == 0, "blocks are whole tiles");
@@ -146,6 +148,14 @@ static __attribute__((noinline)) void tile(i64 depth, const float* __restrict a,
   }
 }
 
+// C = A B over depth `size` in short sums, which round less than one long one: S and dP meet in differences.
+constexpr i64 SHORT = 32;
+GPT2FAST_INLINE void short_sums_tile(i64 size, const float* a, i64 a_stride, const float* b, float* c, i64 c_stride) {
+  tile<false, false>(smaller(size, SHORT), a, a_stride, b, NR, c, c_stride, nullptr);
+  for (i64 d = SHORT; d < size; d += SHORT)
+    tile<false, true>(smaller(size - d, SHORT), a + d, a_stride, b + d * NR, NR, c, c_stride, nullptr);
+}
+
 template <int... I>
 struct Lanes {};
 template <int N, int... I>
@@ -154,13 +164,19 @@ template <int... I>
 struct MakeLanes<0, I...> {
   typedef Lanes<I...> type;
 };
+// Lanes of a and b put together: index VL + i is lane i of b.
+#if defined(__clang__) || __GNUC__ >= 12
+#define GPT2FAST_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, index...)
+#else
+#define GPT2FAST_SHUFFLE(a, b, index) __builtin_shuffle(a, b, vi{index...})
+#endif
 template <int W, int... I>
 GPT2FAST_INLINE vf exchange_low(vf a, vf b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, ((I & W) ? VL + I - W : I)...);
+  return GPT2FAST_SHUFFLE(a, b, ((I & W) ? VL + I - W : I));
 }
 template <int W, int... I>
 GPT2FAST_INLINE vf exchange_high(vf a, vf b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, ((I & W) ? VL + I : I + W)...);
+  return GPT2FAST_SHUFFLE(a, b, ((I & W) ? VL + I : I + W));
 }
 template <int W>
 GPT2FAST_INLINE void exchange(vf (&x)[VL]) {
@@ -178,6 +194,24 @@ GPT2FAST_INLINE void transpose(vf (&x)[VL]) {
   if constexpr (VL > 4) exchange<4>(x);
   exchange<2>(x);
   exchange<1>(x);
+}
+
+// The largest lane and the sum of the lanes, in every lane (or one): shuffles, where hmax and hsum go to memory.
+template <int W, int... I>
+GPT2FAST_INLINE vf swapped(vf x, Lanes<I...>) {
+  return GPT2FAST_SHUFFLE(x, x, (I ^ W));
+}
+template <int W = VL / 2>
+GPT2FAST_INLINE vf lanes_max(vf x) {
+  x = vmax(x, swapped<W>(x, typename MakeLanes<VL>::type()));
+  if constexpr (W > 1) return lanes_max<W / 2>(x);
+  else return x;
+}
+template <int W = VL / 2>
+GPT2FAST_INLINE float lanes_sum(vf x) {
+  x += swapped<W>(x, typename MakeLanes<VL>::type());
+  if constexpr (W > 1) return lanes_sum<W / 2>(x);
+  else return x[0];
 }
 
 // Rows of `size` elements to rows of `width` floats, multiplied by factor, zero-padded in both directions.
@@ -245,6 +279,10 @@ struct Arena {
   }
 };
 
+static int share_limit(double work, i64 unit, int threads) {
+  return work >= double(unit) * threads ? threads : int(work / unit) + 1;
+}
+
 // ---- forward ---------------------------------------------------------------------------------------
 
 struct ForwardSpace {
@@ -283,9 +321,9 @@ GPT2FAST_INLINE void softmax_row(float* s, i64 n, i64 end, float& top, float& su
   vf most = splat(top);
   for (i64 c = 0; c < whole; c += VL) most = vmax(most, load(s + c));
   if (whole < n) most = vmax(most, select(inside, load(s + whole), splat(NONE)));
-  const float before = top, now = hmax(most);
-  top = now;
-  factor = exp_below(splat(before - now))[0];
+  const vf now = lanes_max(most);
+  factor = exp_below(top - now)[0];
+  top = now[0];
   vf total = {};
   for (i64 c = 0; c < whole; c += VL) {
     const vf p = exp_below(load(s + c) - now);
@@ -300,7 +338,7 @@ GPT2FAST_INLINE void softmax_row(float* s, i64 n, i64 end, float& top, float& su
     c += VL;
   }
   if (c < end) zero(s + c, end - c);
-  sum = sum * factor + hsum(total);
+  sum = sum * factor + lanes_sum(total);
 }
 
 template <bool DROP>
@@ -316,8 +354,7 @@ static void attend_block(const Shape& shape, const ForwardSpace& space, i64 i0, 
     for (i64 c = 0; c < columns; c += NR)
       for (i64 r = 0; r < padded; r += MR)
         if (seen(r + MR - 1) > c)
-          tile<false, false>(size, space.q + r * width, width, space.k + (j0 + c) * size, NR,
-                             space.scores + r * BK + c, BK, nullptr);
+          short_sums_tile(size, space.q + r * width, width, space.k + (j0 + c) * size, space.scores + r * BK + c, BK);
     for (i64 r0 = 0; r0 < padded; r0 += MR) {
       const i64 depth = seen(r0 + MR - 1);
       if (depth == 0) continue;
@@ -335,7 +372,13 @@ static void attend_block(const Shape& shape, const ForwardSpace& space, i64 i0, 
   }
 }
 
-GPT2FAST_INLINE float lse_of(float top, float sum) { return sum == 0.0f ? NONE : top + logf(sum); }
+// top + log(sum), and what rounding it leaves out: at scores of 1000 that is 3e-5, and P = exp(S - lse) would be as
+// wrong in every key of the row.
+GPT2FAST_INLINE void put_lse(float* lse, float* rest, float top, float sum) {
+  const float log_sum = sum == 0.0f ? 0.0f : logf(sum), total = top + log_sum;
+  *lse = sum == 0.0f ? NONE : total;
+  *rest = sum == 0.0f ? 0.0f : (top - total) + log_sum;
+}
 
 // N vectors of out += sum over keys of p * v, v in place.
 template <int N, class T>
@@ -416,8 +459,8 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
     for (i64 block = 0; block < blocks && rest >= cost(block); ++block, ++unit) rest -= cost(block);
     return unit;
   };
-  const double work = double(all_heads) * head_cost * smaller(queries, BQ) * size;
-  const int shares = work > double(UNIT_WORK) * threads ? threads : int(work / UNIT_WORK) + 1;
+  const int shares = share_limit(double(all_heads) * head_cost * smaller(queries, BQ) * size,
+                                 direct ? DIRECT_WORK : UNIT_WORK, threads);
   parallel_shares(shares, 1, shares, [&](int, i64 begin, i64 end) {
     for (i64 share = begin; share < end; ++share) {
       ForwardSpace space(workspace, shape.keys, size);
@@ -438,7 +481,7 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
             run(shape, space, space.q + i * width, kh, ks.t, vh, vs.t, i, drop);
             const float sum = space.sum[0];
             store_rows(space.out, width, 1, size, sum == 0.0f ? 0.0f : drop.keep / sum, oh + i * os.t, os.t);
-            lse_head[i] = lse_of(space.top[0], sum);
+            put_lse(lse_head + i, lse_head + all_heads * queries + i, space.top[0], sum);
           }
           continue;
         }
@@ -457,7 +500,7 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
           const float sum = space.sum[r];
           store_rows(space.out + r * width, width, 1, size, sum == 0.0f ? 0.0f : drop.keep / sum,
                      oh + (i0 + r) * os.t, os.t);
-          lse_head[i0 + r] = lse_of(space.top[r], sum);
+          put_lse(lse_head + i0 + r, lse_head + all_heads * queries + i0 + r, space.top[r], sum);
         }
       }
     }
@@ -511,30 +554,54 @@ i64 attention_backward_workspace(i64 heads, i64 queries, i64 keys, i64 size, int
   return threads * BackwardSpace(nullptr, queries, size).floats + parts;
 }
 
-// One row: scores become (dropped) P, dp becomes dS; both are 0 past the n visible keys up to BK.
+// One row: scores become (dropped) P, dp becomes dS; both are 0 past the n visible keys up to `end`.
+//
+// dP - delta cancels where few keys have weight. If all keys of the row are here (`whole`), delta is taken as
+// sum(P dP), so that the rounding of dP cancels too; rowsum(dout out) is for longer rows only. There P = 1 means
+// that the other keys weigh less than rounding does, and dS is 0. A whole row is also normalised anew: its scores
+// may differ in bits from those of the forward's direct path.
 template <bool DROP>
-GPT2FAST_INLINE void backward_row(float* p, float* dp, i64 n, i64 end, float lse, float delta, bool single, float keep,
-                                  const RowDropout& dropout, i64 j) {
-  const auto step = [&](i64 c, vi inside, bool partial) {
-    vf x = exp_below(load(p + c) - lse), d = load(dp + c);
-    if (single) x = splat(1.0f);  // softmax of one score is 1 whatever the score
-    vf dropped = x;
-    if (DROP) {
-      const vi kept = dropout.keep(j + c);
-      dropped = select(kept, x, vf{});
-      d = select(kept, d * keep, vf{});
+GPT2FAST_INLINE void backward_row(float* p, float* dp, i64 n, i64 end, float lse, float rest, float delta, bool whole,
+                                  float keep, const RowDropout& dropout, i64 j) {
+  const i64 full = n / VL * VL;
+  const vi inside = (vi)(lane_index() < int32_t(n - full));
+  if (whole) {
+    vf products = {}, weights = {};
+    const auto step = [&](i64 c, bool partial) {
+      vf x = exp_below((load(p + c) - lse) - rest), d = load(dp + c);
+      if (DROP) d = select(dropout.keep(j + c), d * keep, vf{});
+      if (partial) x = select(inside, x, vf{}), d = select(inside, d, vf{});
+      products += x * d;
+      weights += x;
+      store(p + c, x);
+      store(dp + c, d);
+    };
+    for (i64 c = 0; c < full; c += VL) step(c, false);
+    if (full < n) step(full, true);
+    const float weight = lanes_sum(weights), sum = lanes_sum(products) / weight;
+    for (i64 c = 0; c < n; c += VL) {
+      const vf x = load(p + c) / weight;
+      store(dp + c, n == 1 ? vf{} : x * (load(dp + c) - sum));
+      store(p + c, DROP ? select(dropout.keep(j + c), x, vf{}) : x);
     }
-    vf s = single ? vf{} : x * (d - delta);
-    if (partial) dropped = select(inside, dropped, vf{}), s = select(inside, s, vf{});
-    store(p + c, dropped);
-    store(dp + c, s);
-  };
-  i64 c = 0;
-  for (; c + VL <= n; c += VL) step(c, vi{}, false);
-  if (c < n) {
-    step(c, (vi)(lane_index() < int32_t(n - c)), true);
-    c += VL;
+  } else {
+    const auto step = [&](i64 c, bool partial) {
+      const vf x = exp_below((load(p + c) - lse) - rest);
+      vf d = load(dp + c), dropped = x;
+      if (DROP) {
+        const vi kept = dropout.keep(j + c);
+        dropped = select(kept, x, vf{});
+        d = select(kept, d * keep, vf{});
+      }
+      vf s = select(x == 1.0f, vf{}, x * (d - delta));
+      if (partial) dropped = select(inside, dropped, vf{}), s = select(inside, s, vf{});
+      store(p + c, dropped);
+      store(dp + c, s);
+    };
+    for (i64 c = 0; c < full; c += VL) step(c, false);
+    if (full < n) step(full, true);
   }
+  const i64 c = up(n, VL);
   if (c < end) {
     zero(p + c, end - c);
     zero(dp + c, end - c);
@@ -542,8 +609,8 @@ GPT2FAST_INLINE void backward_row(float* p, float* dp, i64 n, i64 end, float lse
 }
 
 template <bool DROP>
-static void backward_block(const Shape& shape, const BackwardSpace& space, const float* lse, i64 j0,
-                           const Dropout& dropout) {
+static void backward_block(const Shape& shape, const BackwardSpace& space, const float* lse,
+                           const float* rests, i64 j0, const Dropout& dropout) {
   const i64 size = shape.size, width = shape.width(), count = smaller(BK, shape.keys - j0);
   const i64 begin = clamp(j0 - shape.diagonal, 0, shape.queries) / MR * MR;  // the first query that sees key j0
   zero(space.dk, up(count, MR) * width);
@@ -555,15 +622,14 @@ static void backward_block(const Shape& shape, const BackwardSpace& space, const
     for (i64 c = 0; c < count; c += NR)
       for (i64 r = 0; r < padded; r += MR)
         if (seen(r + MR - 1) > c) {
-          tile<false, false>(size, q + r * width, width, space.k_across + c * size, NR, space.p + r * BK + c, BK,
-                             nullptr);
-          tile<false, false>(size, dout + r * width, width, space.v_across + c * size, NR, space.ds + r * BK + c,
-                             BK, nullptr);
+          short_sums_tile(size, q + r * width, width, space.k_across + c * size, space.p + r * BK + c, BK);
+          short_sums_tile(size, dout + r * width, width, space.v_across + c * size, space.ds + r * BK + c, BK);
         }
     for (i64 r = 0; r < padded; ++r) {
       const bool real = r < rows;
       backward_row<DROP>(space.p + r * BK, space.ds + r * BK, real ? seen(r) : 0, up(end, MR), real ? lse[i0 + r] : 0.0f,
-                         real ? space.delta[i0 + r] : 0.0f, real && shape.visible(i0 + r) == 1, dropout.keep,
+                         real ? rests[i0 + r] : 0.0f,
+                         real ? space.delta[i0 + r] : 0.0f, j0 == 0 && shape.visible(i0 + (real ? r : 0)) <= BK, dropout.keep,
                          RowDropout(dropout, i0 + r), j0);
     }
     for (i64 c = 0; c < width; c += NR)
@@ -585,19 +651,12 @@ static void backward_block(const Shape& shape, const BackwardSpace& space, const
   }
 }
 
-// delta = rowsum(dout out), each row summed in the order of a tile: where P is 1 for one key, out is that key's v
-// and dP - delta is exactly 0, as it should be.
 template <class T>
-static void row_products(const float* dout, i64 width, const T* out, i64 stride, i64 rows, i64 size, float* scratch,
-                         float* delta) {
-  for (i64 r = 0; r < rows; r += MR) {
-    const i64 n = smaller(MR, rows - r);
-    pack_rows(out + r * stride, stride, n, size, 1.0f, scratch, width, MR);
-    float sum[MR] = {};
-    for (i64 d = 0; d < size; ++d)
-#pragma GCC unroll 16
-      for (int x = 0; x < MR; ++x) sum[x] += dout[(r + x) * width + d] * scratch[x * width + d];
-    for (i64 x = 0; x < n; ++x) delta[r + x] = sum[x];
+static void row_products(const float* dout, i64 width, const T* out, i64 stride, i64 rows, i64 size, float* delta) {
+  for (i64 r = 0; r < rows; ++r) {
+    vf sum = {};
+    for_columns(size, [&](i64 c, i64 n) { sum += load(dout + r * width + c) * load_at(out + r * stride + c, n); });
+    delta[r] = lanes_sum(sum);
   }
 }
 
@@ -610,8 +669,7 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
   const i64 splits = head_splits(all_heads, keys, threads), rows = up(queries, MR);
   const i64 floats = BackwardSpace(nullptr, queries, size).floats;
   float* parts = workspace + threads * floats;
-  const double work = double(all_heads) * shape.keys * queries * size;
-  const int shares = work > double(UNIT_WORK) * threads ? threads : int(work / UNIT_WORK) + 1;
+  const int shares = share_limit(double(all_heads) * keys * queries * size, UNIT_WORK, threads);
   parallel_shares(all_heads * splits, 1, shares, [&](int share, i64 begin, i64 end) {
     BackwardSpace space(workspace + share * floats, queries, size);
     i64 packed = -1;
@@ -623,7 +681,7 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
       if (head != packed) {
         pack_rows(q + b * qs.b + h * qs.h, qs.t, queries, size, shape.scale, space.q, width, rows);
         pack_rows(dout + b * dos.b + h * dos.h, dos.t, queries, size, 1.0f, space.dout, width, rows);
-        row_products(space.dout, width, out + b * os.b + h * os.h, os.t, queries, size, space.dk, space.delta);
+        row_products(space.dout, width, out + b * os.b + h * os.h, os.t, queries, size, space.delta);
         packed = head;
       }
       for (i64 block = unit % splits; block < blocks; block += splits) {
@@ -633,7 +691,7 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
         pack_transposed(kh, ks.t, count, size, space.k_across);
         pack_transposed(vh, vs.t, count, size, space.v_across);
         const auto run = dropout > 0 ? backward_block<true> : backward_block<false>;
-        run(shape, space, lse + head * queries, j0, drop);
+        run(shape, space, lse + head * queries, lse + (all_heads + head) * queries, j0, drop);
         store_rows(space.dk, width, count, size, 1.0f, dk + b * dks.b + h * dks.h + j0 * dks.t, dks.t);
         store_rows(space.dv, width, count, size, drop.keep, dv + b * dvs.b + h * dvs.h + j0 * dvs.t, dvs.t);
       }

@@ -59,14 +59,14 @@ GPT2FAST_INLINE Gelu gelu_with_slope(vf z) {
   return {low * g.s, g.s + (c * dq) * (g.e * g.s) * g.s};
 }
 
-template <class T, bool BIAS>
+template <class T>
 static void forward_rows(const T* x, i64 x_stride, const float* bias, T* y, i64 begin, i64 end, i64 columns) {
   for (i64 r = begin; r < end; ++r) {
     const T* row = x + r * x_stride;
     T* out = y + r * columns;
     for_columns(columns, [&](i64 c, i64 n) {
       vf z = load_at(row + c, n);
-      if (BIAS) z += load_at(bias + c, n);
+      if (bias) z += load_at(bias + c, n);
       store_at(out + c, gelu(z), n);
     });
   }
@@ -80,39 +80,37 @@ void gelu_forward(uintptr_t x, i64 x_stride, uintptr_t bias, uintptr_t y, i64 ro
     using T = decltype(type);
     if (!bias && (x_stride == columns || rows <= 1)) {
       parallel_shares(rows * columns, ELEMENT_GRAIN, threads, [&](int, i64 begin, i64 end) {
-        forward_rows<T, false>((const T*)x + begin, 0, nullptr, (T*)y + begin, 0, 1, end - begin);
+        forward_rows<T>((const T*)x + begin, 0, nullptr, (T*)y + begin, 0, 1, end - begin);
       });
       return;
     }
-    const auto run = bias ? forward_rows<T, true> : forward_rows<T, false>;
     parallel_shares(rows, row_grain(columns), threads, [&](int, i64 begin, i64 end) {
-      run((const T*)x, x_stride, (const float*)bias, (T*)y, begin, end, columns);
+      forward_rows((const T*)x, x_stride, (const float*)bias, (T*)y, begin, end, columns);
     });
   });
 }
 
-// ROWS rows at once from row r: dx, the activation, and their sum of dx into recent[0..columns).
-template <class T, int ROWS, bool BIAS, bool INPUT, bool ACTIVATION, bool PARAMETERS>
+// ROWS rows at once from row r: dx, the activation, and the sum of dx into recent[0..columns). What is absent
+// is a test a vector, always the same way; as template parameters they took a minute of compiler time.
+template <class T, int ROWS>
 GPT2FAST_INLINE void backward_block(const T* dy, i64 dy_stride, const T* x, i64 x_stride, const float* bias, T* dx,
                                     T* activation, float* recent, i64 r, i64 columns) {
   for_columns(columns, [&](i64 c, i64 n) {
-    const vf b = BIAS ? load_at(bias + c, n) : vf{};
+    const vf b = bias ? load_at(bias + c, n) : vf{};
     vf sum = {};
     for (int i = 0; i < ROWS; ++i) {
-      vf z = load_at(x + (r + i) * x_stride + c, n);
-      if (BIAS) z += b;
-      const Gelu g = gelu_with_slope(z);
-      if (ACTIVATION) store_at(activation + (r + i) * columns + c, g.value, n);
+      const Gelu g = gelu_with_slope(load_at(x + (r + i) * x_stride + c, n) + b);
+      if (activation) store_at(activation + (r + i) * columns + c, g.value, n);
       const vf d = load_at(dy + (r + i) * dy_stride + c, n) * g.slope;
-      if (INPUT) store_at(dx + (r + i) * columns + c, d, n);
+      if (dx) store_at(dx + (r + i) * columns + c, d, n);
       sum += d;
     }
-    if (PARAMETERS) store_at(recent + c, load_at(recent + c, n) + sum, n);
+    if (recent) store_at(recent + c, load_at(recent + c, n) + sum, n);
   });
 }
 
-// dbias of the rows [begin, end) goes to partial[0..columns).
-template <class T, bool BIAS, bool INPUT, bool ACTIVATION, bool PARAMETERS>
+// dbias of the rows [begin, end) goes to partial[0..columns), where it is wanted (partial is not null).
+template <class T>
 static void backward_rows(const T* dy, i64 dy_stride, const T* x, i64 x_stride, const float* bias, T* dx,
                           T* activation, float* partial, float* recent, i64 begin, i64 end, i64 columns) {
   const auto flush = [&] {
@@ -121,30 +119,16 @@ static void backward_rows(const T* dy, i64 dy_stride, const T* x, i64 x_stride, 
       store_at(recent + c, vf{}, n);
     });
   };
-  if (PARAMETERS)
+  if (partial)
     for (i64 c = 0; c < columns; ++c) partial[c] = recent[c] = 0.0f;
   i64 r = begin;
   for (; r + ROW_BLOCK <= end; r += ROW_BLOCK) {
-    backward_block<T, ROW_BLOCK, BIAS, INPUT, ACTIVATION, PARAMETERS>(dy, dy_stride, x, x_stride, bias, dx,
-                                                                      activation, recent, r, columns);
-    if (PARAMETERS && (r + ROW_BLOCK - begin) % FLUSH == 0) flush();
+    backward_block<T, ROW_BLOCK>(dy, dy_stride, x, x_stride, bias, dx, activation, recent, r, columns);
+    if (partial && (r + ROW_BLOCK - begin) % FLUSH == 0) flush();
   }
   for (; r < end; ++r)
-    backward_block<T, 1, BIAS, INPUT, ACTIVATION, PARAMETERS>(dy, dy_stride, x, x_stride, bias, dx, activation,
-                                                              recent, r, columns);
-  if (PARAMETERS) flush();
-}
-
-template <bool VALUE>
-struct Flag {
-  constexpr operator bool() const { return VALUE; }
-};
-template <class Body>
-GPT2FAST_INLINE void with_flag(bool flag, const Body& body) {
-  if (flag)
-    body(Flag<true>());
-  else
-    body(Flag<false>());
+    backward_block<T, 1>(dy, dy_stride, x, x_stride, bias, dx, activation, recent, r, columns);
+  if (partial) flush();
 }
 
 // workspace: threads * 2 * columns floats where dbias is wanted; bias, dx, activation and dbias may be 0.
@@ -155,24 +139,16 @@ void gelu_backward(uintptr_t dy, i64 dy_stride, uintptr_t x, i64 x_stride, uintp
     using T = decltype(type);
     if (!bias && !activation && !dbias && (rows <= 1 || (x_stride == columns && dy_stride == columns))) {
       parallel_shares(rows * columns, ELEMENT_GRAIN, threads, [&](int, i64 begin, i64 end) {
-        backward_rows<T, false, true, false, false>((const T*)dy + begin, 0, (const T*)x + begin, 0, nullptr,
-                                                    (T*)dx + begin, nullptr, nullptr, nullptr, 0, 1, end - begin);
+        backward_rows<T>((const T*)dy + begin, 0, (const T*)x + begin, 0, nullptr, (T*)dx + begin, nullptr, nullptr,
+                         nullptr, 0, 1, end - begin);
       });
       return;
     }
     parallel_shares(rows, row_grain(columns), threads, [&](int share, i64 begin, i64 end) {
-      float* partial = (float*)workspace + share * 2 * columns;
-      with_flag(bias, [&](auto has_bias) {
-        with_flag(dx, [&](auto input) {
-          with_flag(activation, [&](auto value) {
-            with_flag(dbias, [&](auto parameters) {
-              backward_rows<T, has_bias, input, value, parameters>(
-                  (const T*)dy, dy_stride, (const T*)x, x_stride, (const float*)bias, (T*)dx, (T*)activation,
-                  partial, partial + columns, begin, end, columns);
-            });
-          });
-        });
-      });
+      float* partial = dbias ? (float*)workspace + share * 2 * columns : nullptr;
+      float* recent = dbias ? partial + columns : nullptr;
+      backward_rows((const T*)dy, dy_stride, (const T*)x, x_stride, (const float*)bias, (T*)dx, (T*)activation, partial,
+                    recent, begin, end, columns);
     });
   });
   if (!dbias) return;

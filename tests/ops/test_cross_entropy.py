@@ -269,7 +269,7 @@ def test_row_offsets_beyond_32_bits(isa: str) -> None:
     assert torch.equal(logits, expected.grad)
 
 
-# ---- the gradient in the logits' place ---------------------------------------------------------------
+# ---- the gradient in the logits' place ----
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -327,7 +327,7 @@ def test_inplace_backward_refuses_what_it_cannot_do() -> None:
     assert cross_entropy(torch.randn(4, 8), targets, inplace_backward=True).isfinite()
 
 
-# ---- PyTorch's machinery -----------------------------------------------------------------------------
+# ---- PyTorch's machinery ----
 
 
 def test_deterministic() -> None:

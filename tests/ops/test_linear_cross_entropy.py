@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the fp64 rule, chunks, padding, gradients in forward, errors, torch.compile."""
+"""linear_cross_entropy: the fp64 rule, chunks, padding, early gradients, errors, torch.compile."""
 
 import pytest
 import torch
@@ -300,7 +300,7 @@ def test_empty_batch(reduction: str, dtype: torch.dtype) -> None:
         assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
-def test_at_most_chunk_bytes_of_logits_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_chunk_bytes_of_logits_exist() -> None:
     for rows, classes, limit in ((100, 50257, 64 << 20), (1025, 997, 10**6), (3, 997, 1)):
         chunks = list(cpu._chunks(rows, classes, limit))
         sizes = [c.stop - c.start for c in chunks]
@@ -402,7 +402,7 @@ def test_second_derivative_is_refused() -> None:
 def test_targets_outside_the_vocabulary() -> None:
     i = some_inputs(9, 80, 304, 257)
     i["targets"][7] = 257
-    with pytest.raises(IndexError, match="targets has 257 at row 7.*257 classes 0 to 256"):
+    with pytest.raises(IndexError, match=r"targets has 257 at row 7.*257 classes 0 to 256"):
         linear_cross_entropy(**i, vocab_size=257)
 
 

@@ -1,4 +1,4 @@
-"""AdamW and the global norm as torch.library ops. Neither is differentiable: a step ends a graph."""
+"""AdamW and the global norm as torch.library ops; neither is differentiable."""
 
 import torch
 from torch import Tensor

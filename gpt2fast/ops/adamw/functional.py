@@ -98,8 +98,8 @@ def adamw_(
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm over all elements of all tensors, as an fp32 scalar tensor.
 
-    The CPU kernel sums squares in fp64: they neither overflow nor vanish, and the result is the
-    same for any number of threads.
+    In the CPU kernel squares neither overflow nor vanish, and the result is the same for any number
+    of threads.
 
     Args:
         tensors: float32, bfloat16 or float16, of any shapes, on one device (float64 on the

@@ -46,7 +46,7 @@ def _fake_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty((2, batch, heads, queries), dtype=torch.float32)
 
 
 def _backward(

@@ -9,7 +9,7 @@ from gpt2fast.ops.registry import DTYPE_CODES
 ALL_KEYS = 1 << 40  # a diagonal beyond every key: not causal
 
 
-def _place(tensor: Tensor) -> tuple[int, int, int, int]:
+def _place(tensor: Tensor) -> tuple[int, ...]:
     """Address and strides over b, t, h of a (B, T, H, D) tensor with contiguous D."""
     return (tensor.data_ptr(), *tensor.stride()[:3])
 
@@ -23,12 +23,15 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(out like q, contiguous; lse (B, H, Tq) fp32) for (B, T, H, D) views with contiguous D."""
+    """(out like q, contiguous; lse and its rounding error, (2, B, H, Tq) fp32).
+
+    q, k, v: (B, T, H, D) views with contiguous D.
+    """
     batch, queries, heads, size = q.shape
     keys, threads = k.shape[1], torch.get_num_threads()
     kernels = cpu_kernels()
     out = q.new_empty(q.shape)
-    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    lse = q.new_empty((2, batch, heads, queries), dtype=torch.float32)
     floats = kernels.attention_forward_workspace(keys, size, threads)
     workspace = q.new_empty((floats,), dtype=torch.float32)
     kernels.attention_forward(
@@ -68,7 +71,7 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    """Writes the gradients into dq, dk, dv: (B, T, H, D) views with contiguous D, like the inputs."""
+    """Writes the gradients into dq, dk, dv: (B, T, H, D) views with contiguous D, as the inputs."""
     batch, queries, heads, size = q.shape
     keys, threads = k.shape[1], torch.get_num_threads()
     kernels = cpu_kernels()

@@ -63,7 +63,12 @@ def _attention(
     backend = choose(q)
     if backend == "reference":
         return reference.attention(q, k, v, diagonal, scale, dropout_p, seed)
-    return autograd.Attention.apply(q, k, v, diagonal, scale, dropout_p, seed, backend)
+    options = (diagonal, scale, dropout_p, seed, backend)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return autograd.Attention.apply(q, k, v, *options)
+    return autograd.attention_forward(q, k, v, *options)[
+        0
+    ]  # a third of the time of a decoding step
 
 
 def scaled_dot_product_attention(

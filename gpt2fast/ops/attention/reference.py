@@ -15,7 +15,7 @@ def _scramble(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def dropout_mask(seed: Tensor, shape: tuple[int, int, int, int], dropout_p: float) -> Tensor:
+def dropout_mask(seed: Tensor, shape: tuple[int, ...], dropout_p: float) -> Tensor:
     """Which of the (B, H, Tq, Tk) = `shape` probabilities are kept: bool.
 
     A hash of (seed, b, h, i, j) in 32-bit words, so that any block of it can be computed alone, on

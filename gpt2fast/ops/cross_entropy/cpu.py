@@ -19,8 +19,8 @@ def count(targets: Tensor, classes: int, ignore_index: int) -> int:
     if found < 0:
         row = -1 - found
         raise IndexError(
-            f"targets has {targets[row].item()} at row {row}, which is neither one of the {classes} "
-            f"classes 0 to {classes - 1} nor ignore_index {ignore_index}"
+            f"targets has {targets[row].item()} at row {row}, which is neither one of the {classes}"
+            f" classes 0 to {classes - 1} nor ignore_index {ignore_index}"
         )
     return found
 

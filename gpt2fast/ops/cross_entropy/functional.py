@@ -75,28 +75,29 @@ def cross_entropy(
         logits: (..., V), float32, bfloat16 or float16; rows may be strided, as in a view
             ``padded[:, :50257]``. -inf marks a class that cannot occur.
         targets: (...), int64 or int32 class indices, or `ignore_index`.
-        ignore_index: rows with this target have loss 0 and gradient 0, and the mean leaves them out.
-        label_smoothing: weight between 0 and 1 of the uniform distribution in the target's mixture,
-            as in ``torch.nn.functional.cross_entropy``.
+        ignore_index: rows with this target have loss 0 and gradient 0; the mean leaves them out.
+        label_smoothing: weight between 0 and 1 of the uniform distribution in the target's
+            mixture, as in ``torch.nn.functional.cross_entropy``.
         z_loss: weight of the penalty on lse^2.
         reduction: "none" gives targets' shape, "mean" and "sum" a scalar.
-        vocab_size: how many of the V columns are classes. The others, which pad the vocabulary, carry
-            no probability whatever they hold, and get gradient 0.
-        inplace_backward: the gradient overwrites the logits in backward, which saves a tensor of their
-            size. The logits must not be read after backward; a second backward, or one of another op
-            that saved them, raises RuntimeError. torch.compile plans memory itself and ignores it.
+        vocab_size: how many of the V columns are classes. The others, which pad the vocabulary,
+            carry no probability whatever they hold, and get gradient 0.
+        inplace_backward: the gradient overwrites the logits in backward, which saves a tensor of
+            their size. The logits must not be read after backward; a second backward, or one of
+            another op that saved them, raises RuntimeError. torch.compile plans memory itself and
+            ignores it, and so does the reference.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 logits), whatever the logits' dtype. The mean over no rows, all
-        being ignored, is nan, with gradient 0.
+        The loss in fp32 (fp64 for fp64 logits), whatever the logits' dtype. The mean over no rows,
+        all being ignored, is nan, with gradient 0.
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
         IndexError: a target is no class and not `ignore_index`. Found on the CPU; on other devices
             such a target breaks the contract.
 
-    Source: Szegedy et al. 2016, https://arxiv.org/abs/1512.00567 (label smoothing); Chowdhery et al.
-    2022, https://arxiv.org/abs/2204.02311 (z-loss).
+    Source: Szegedy et al. 2016, https://arxiv.org/abs/1512.00567 (label smoothing); Chowdhery et
+    al. 2022, https://arxiv.org/abs/2204.02311 (z-loss).
     """
     check_floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:

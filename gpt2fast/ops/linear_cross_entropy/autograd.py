@@ -163,8 +163,9 @@ linear_cross_entropy_scale = register(
 class LinearCrossEntropy(torch.autograd.Function):
     """Returns (loss, logprobs). A reduced loss has its gradients computed in forward.
 
-    In eager mode these are handed out, not copied, by the first backward; a second one over a retained
-    graph computes them again. A compiled graph can do neither, and keeps them as saved tensors.
+    In eager mode these are handed out, not copied, by the first backward; a second one over a
+    retained graph computes them again. A compiled graph can do neither, and keeps them as saved
+    tensors.
     """
 
     @staticmethod

@@ -1,14 +1,15 @@
 """Linear + cross-entropy on the CPU: PyTorch's matrix products around the cross-entropy kernels.
 
 Rows go in chunks, so that few logits exist at a time. Where gradients are wanted and their upstream
-gradient is one number, a chunk's logits turn into their gradient in place, one row after another while
-it is in the cache, and the two products of backward follow at once:
+gradient is one number, a chunk's logits turn into their gradient in place, one row after another
+while it is in the cache, and the two products of backward follow at once:
 
-    logits = x_c W^T;   loss, dlogits = cross_entropy(logits);   dx_c = dlogits W;   dW += dlogits^T x_c
+    logits = x_c W^T;  loss, dlogits = cross_entropy(logits)
+    dx_c = dlogits W;  dW += dlogits^T x_c
 
-Logits, their gradient, dx and dW are fp32 whatever the inputs, so that sums are rounded once and fp16
-gradients do not underflow before a loss scale reaches them. Half-precision weights are widened in
-slices of the vocabulary: CPUs without 16-bit arithmetic multiply fp32 2 to 3 times faster.
+Logits, their gradient, dx and dW are fp32 whatever the inputs, so that sums are rounded once and
+fp16 gradients do not underflow before a loss scale reaches them. Half-precision weights are widened
+in slices of the vocabulary: CPUs without 16-bit arithmetic multiply fp32 2 to 3 times faster.
 FLOPs: 2 M V C forward, 6 M V C with gradients; memory: chunk_bytes + dW + dx.
 """
 

@@ -56,14 +56,14 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``cross_entropy(x @ weight.T, targets)`` in chunks of rows: the logits never exist whole.
 
-    With reduction "mean" or "sum", and where gradients are wanted, forward computes them too, while a
-    chunk's logits are there; backward scales them, and a second backward over a retained graph
+    With reduction "mean" or "sum", and where gradients are wanted, forward computes them too, while
+    a chunk's logits are there; backward scales them, and a second backward over a retained graph
     computes them again. With "none", backward computes the logits a second time.
 
     Args:
         x: (..., C), float32, bfloat16 or float16.
-        weight: (V, C), x's dtype: the head, which may be tied to the token embedding. Under autocast
-            both are cast where they are float32.
+        weight: (V, C), x's dtype: the head, which may be tied to the token embedding. Under
+            autocast both are cast where they are float32.
         targets: (...), int64 or int32 class indices, or `ignore_index`.
         ignore_index, label_smoothing, z_loss, reduction: as for
             :func:`gpt2fast.functional.cross_entropy`.

@@ -1,0 +1,567 @@
+"""The attention functions: the fp64 rule, masks, layouts, dropout, errors, torch.compile."""
+
+import math
+
+import pytest
+import torch
+
+import gpt2fast
+from gpt2fast.functional import (
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    scaled_dot_product_attention,
+)
+from gpt2fast.ops.attention import autograd, reference
+from tests.ops.numerics import DTYPES, assert_accurate, assert_compiles, assert_deterministic
+
+Tensors = dict[str, torch.Tensor]
+
+
+def qkv_inputs(
+    batch: int, queries: int, keys: int, heads: int, size: int, names: str = "q k v"
+) -> Tensors:
+    """(B, T, H, D) tensors by name."""
+    q, k, v = names.split()
+    return {
+        q: torch.randn(batch, queries, heads, size),
+        k: torch.randn(batch, keys, heads, size),
+        v: torch.randn(batch, keys, heads, size),
+    }
+
+
+def check(
+    inputs: Tensors,
+    causal: bool,
+    dropout_p: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    **rule: object,
+) -> None:
+    """The fp64 rule for flash_attn_func, with the same dropout mask on every side."""
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)
+        return flash_attn_func(q, k, v, dropout_p, causal=causal)
+
+    assert_accurate(run, inputs, dtype=dtype, **rule)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(n, torch.float32) for n in (1, 2, 7, 97, 113, 256)]
+    + [(n, dtype) for n in (1, 113) for dtype in (torch.bfloat16, torch.float16)],
+)
+def test_lengths(isa: str, length: int, causal: bool, dtype: torch.dtype) -> None:
+    check(qkv_inputs(2, length, length, 3, 64), causal, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 3, 15, 17, 40, 80, 96, 128, 160, 256])
+def test_head_sizes(isa: str, size: int, dtype: torch.dtype) -> None:
+    check(qkv_inputs(1, 67, 67, 2, size), True, dtype=dtype)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        (1, 64),
+        (1, 1024),
+        (2, 300),
+        (4, 97),
+        (5, 97),
+        (64, 320),
+        (1, 1),
+        (100, 33),
+        (97, 96),
+        (3, 2),
+    ],
+)
+def test_queries_and_keys_of_different_length(
+    isa: str, queries: int, keys: int, causal: bool
+) -> None:
+    check(qkv_inputs(2, queries, keys, 8, 64), causal)
+    check(qkv_inputs(1, queries, keys, 2, 20), causal, dtype=torch.bfloat16)
+
+
+def test_long(isa: str) -> None:
+    check(qkv_inputs(1, 1025, 1025, 1, 64), True)
+    check(qkv_inputs(1, 1025, 1025, 1, 64), False)
+
+
+@pytest.mark.parametrize("factor", [10.0, 100.0])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [97, 1025])
+def test_peaked_softmax(isa: str, length: int, causal: bool, factor: float) -> None:
+    inputs = qkv_inputs(1, length, length, 2, 64)
+    inputs["q"] *= factor
+    check(inputs, causal)
+
+
+@pytest.mark.parametrize("length", [64, 200])
+def test_one_key_takes_all(isa: str, length: int) -> None:
+    """Every probability is 0 or 1: gradients of q and k vanish but for rounding."""
+    inputs = qkv_inputs(1, length, length, 2, 64)
+    inputs["q"] = 10 * inputs["k"] + 0.01 * torch.randn(1, length, 2, 64)
+    check(inputs, False)
+
+
+@pytest.mark.parametrize("length", [50, 200])
+def test_huge_scores(isa: str, length: int) -> None:
+    inputs = qkv_inputs(1, length, length, 2, 64)
+    inputs["q"] *= 1e4  # scores about 1e4
+    check(inputs, True)
+    # Nearly equal scores of 3200, far above exp's range; dq has no size but rounding's (see below).
+    inputs["q"] = torch.full_like(inputs["q"], 20.0)
+    inputs["k"] = 20 + 0.01 * torch.randn_like(inputs["k"])
+    check(inputs, True, wanted=["k", "v"])
+
+
+def test_scores_all_very_negative_or_rising(isa: str) -> None:
+    """The running maximum starts low and is replaced in every block.
+
+    dq is left out: it is sum(dS k) with sum(dS) = 0, so the common offset of k multiplies nothing
+    but rounding, and delta = rowsum(dout out) rounds more than the reference's sum(P dP).
+    """
+    inputs = qkv_inputs(1, 40, 400, 1, 16)
+    inputs["q"] = torch.ones(1, 40, 1, 16)
+    inputs["k"] = torch.linspace(-30, 5, 400).view(1, 400, 1, 1).expand(1, 400, 1, 16) + 0.0
+    check(inputs, True, wanted=["k", "v"])
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, -0.2, 0.0])
+def test_scale(isa: str, scale: float) -> None:
+    assert_accurate(
+        lambda q, k, v: flash_attn_func(q, k, v, softmax_scale=scale, causal=True),
+        qkv_inputs(1, 70, 70, 2, 32),
+    )
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(97, 97), (5, 97), (97, 5), (1, 30)])
+def test_scaled_dot_product_attention(isa: str, queries: int, keys: int, is_causal: bool) -> None:
+    inputs = {
+        name: value.transpose(1, 2).contiguous()
+        for name, value in qkv_inputs(2, queries, keys, 3, 64, "query key value").items()
+    }
+    assert_accurate(
+        lambda **tensors: scaled_dot_product_attention(**tensors, is_causal=is_causal), inputs
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (7, 40), (40, 7)])
+def test_agrees_with_torch(backend: str, queries: int, keys: int) -> None:
+    query, key, value = torch.randn(3, 2, 3, 40, 16).unbind(0)
+    tensors = (query[:, :, :queries], key[:, :, :keys], value[:, :, :keys])
+    for is_causal in (False, True):
+        for scale in (None, 0.5):
+            options = {"is_causal": is_causal, "scale": scale}
+            expected = torch.nn.functional.scaled_dot_product_attention(*tensors, **options)
+            with gpt2fast.use_backend(backend):
+                found = scaled_dot_product_attention(*tensors, **options)
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_causal_is_aligned_at_the_end(backend: str) -> None:
+    """The last queries of a long sequence give what they gave with the others before them."""
+    q, k, v = qkv_inputs(1, 50, 50, 2, 16).values()
+    with gpt2fast.use_backend(backend):
+        whole = flash_attn_func(q, k, v, causal=True)
+        for last in (1, 3, 20):
+            part = flash_attn_func(q[:, -last:], k, v, causal=True)
+            torch.testing.assert_close(part, whole[:, -last:])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_queries_without_keys_give_zero(backend: str) -> None:
+    leaves = [t.requires_grad_() for t in qkv_inputs(1, 60, 20, 2, 16).values()]
+    with gpt2fast.use_backend(backend):
+        out = flash_attn_func(*leaves, causal=True)
+    dq, dk, dv = torch.autograd.grad(out, leaves, torch.randn_like(out))
+    assert torch.equal(out[:, :40], torch.zeros(1, 40, 2, 16))
+    assert torch.equal(dq[:, :40], torch.zeros(1, 40, 2, 16))
+    assert all(torch.isfinite(t).all() for t in (out, dq, dk, dv))
+    assert out[:, 40:].abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "heads", "size"), [(97, 3, 64), (130, 2, 80)])
+def test_packed(
+    isa: str, length: int, heads: int, size: int, causal: bool, dtype: torch.dtype
+) -> None:
+    """qkv as a view of the projection's output, whose gradient is one tensor."""
+    assert_accurate(
+        lambda x: flash_attn_qkvpacked_func(x.view(2, length, 3, heads, size), causal=causal),
+        {"x": torch.randn(2, length, 3 * heads * size)},
+        dtype=dtype,
+    )
+
+
+def test_packed_agrees_with_separate_views() -> None:
+    x = torch.randn(2, 130, 3, 2, 64)
+    torch.manual_seed(1)
+    packed = flash_attn_qkvpacked_func(x, 0.1, causal=True)
+    torch.manual_seed(1)
+    separate = flash_attn_func(*x.unbind(2), 0.1, causal=True)
+    assert torch.equal(packed, separate)
+
+
+def test_packed_gradient_is_contiguous_and_its_own_memory() -> None:
+    qkv = torch.randn(1, 30, 3, 2, 16, requires_grad=True)
+    out = flash_attn_qkvpacked_func(qkv)
+    (gradient,) = torch.autograd.grad(out.sum(), qkv)
+    assert out.is_contiguous()
+    assert gradient.is_contiguous()
+
+
+def test_strided_inputs(isa: str) -> None:
+    """Rows of a cache, views of a packed tensor, D not contiguous, zero strides."""
+    assert_accurate(
+        lambda q, k_cache, v_cache: flash_attn_func(
+            q, k_cache[:, :70], v_cache[:, :70], causal=True
+        ),
+        {
+            "q": torch.randn(2, 3, 2, 32),
+            "k_cache": torch.randn(2, 100, 2, 32),
+            "v_cache": torch.randn(2, 100, 2, 32),
+        },
+    )
+    assert_accurate(
+        lambda x: flash_attn_func(x[..., :8], x[..., 8:16], x[..., 16:], causal=True),
+        {"x": torch.randn(2, 50, 3, 24)},
+    )
+    assert_accurate(
+        lambda q, k, v: flash_attn_func(
+            q.transpose(1, 3), k.transpose(1, 3), v.transpose(1, 3), causal=True
+        ),
+        {name: torch.randn(2, 32, 3, 50) for name in "qkv"},
+    )
+    assert_accurate(
+        lambda q, k, v: flash_attn_func(q.expand(2, 40, 3, 16), k, v.expand(2, 40, 3, 16)),
+        {
+            "q": torch.randn(1, 40, 1, 16),
+            "k": torch.randn(2, 40, 3, 16),
+            "v": torch.randn(2, 40, 1, 16),
+        },
+    )
+
+
+def test_zero_stride_upstream_gradient(isa: str) -> None:
+    assert_accurate(
+        lambda q, k, v: flash_attn_func(q, k, v, causal=True).sum(), qkv_inputs(2, 60, 60, 2, 16)
+    )
+    x = torch.randn(1, 20, 3, 2, 8, requires_grad=True)
+    flash_attn_qkvpacked_func(x).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("wanted", [["q"], ["k"], ["v"], ["q", "v"]])
+def test_only_some_inputs_require_gradients(wanted: list[str]) -> None:
+    check(qkv_inputs(1, 50, 50, 2, 16), True, wanted=wanted)
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 5, 5, 2, 8), (2, 0, 5, 2, 8), (2, 5, 0, 2, 8), (2, 5, 5, 0, 8)]
+)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_empty(backend: str, shape: tuple[int, int, int, int, int]) -> None:
+    leaves = [t.requires_grad_() for t in qkv_inputs(*shape).values()]
+    with gpt2fast.use_backend(backend):
+        out = flash_attn_func(*leaves, causal=True)
+    out.sum().backward()
+    assert out.shape == leaves[0].shape
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("queries", [1, 97])
+def test_nan_and_infinity_are_not_hidden(isa: str, queries: int) -> None:
+    q, k, v = qkv_inputs(1, queries, 97, 1, 16).values()
+    for tensor in (q, k, v):
+        before = tensor[0, 0, 0, 3].item()
+        tensor[0, 0, 0, 3] = math.nan
+        assert torch.isnan(flash_attn_func(q, k, v)).any()
+        tensor[0, 0, 0, 3] = before
+    k[0, 5] = math.nan
+    out = flash_attn_func(q, k, v)
+    assert torch.isnan(out).all()
+    if queries == 97:
+        out = flash_attn_func(q, k, v, causal=True)
+        assert torch.isfinite(out[:, :5]).all()
+        assert torch.isnan(out[:, 5:]).all()
+
+
+# ---- dropout ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"),
+    [(97, 97, True), (130, 130, False), (2, 150, True), (1, 9, False)],
+)
+@pytest.mark.parametrize("dropout_p", [0.1, 0.7])
+def test_dropout(
+    isa: str, queries: int, keys: int, causal: bool, dropout_p: float, dtype: torch.dtype
+) -> None:
+    check(qkv_inputs(2, queries, keys, 3, 32), causal, dropout_p, dtype)
+
+
+def test_dropout_of_everything() -> None:
+    inputs = [t.requires_grad_() for t in qkv_inputs(1, 20, 20, 2, 8).values()]
+    for backend in ("reference", "cpu"):
+        with gpt2fast.use_backend(backend):
+            out = flash_attn_func(*inputs, 1.0)
+        assert torch.equal(out, torch.zeros_like(out))
+        for gradient in torch.autograd.grad(out.sum(), inputs):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -5])
+@pytest.mark.parametrize("queries", [2, 97])
+def test_kernel_and_reference_have_the_same_mask(isa: str, queries: int, seed: int) -> None:
+    """Equal scores and an identity for v show the mask itself."""
+    keys, size, p = 150, 160, 0.3
+    q = torch.zeros(2, queries, 3, size)
+    v = torch.eye(keys, size).view(1, keys, 1, size).expand(2, keys, 3, size)
+    word = torch.tensor(seed)
+    out, _ = autograd.attention_forward(q, torch.zeros_like(v), v, None, None, p, word, "cpu")
+    mask = reference.dropout_mask(word, (2, 3, queries, keys), p)
+    expected = mask.transpose(1, 2)
+    assert torch.equal(out[..., :keys] != 0, expected)
+
+
+def test_dropout_is_reproducible() -> None:
+    q, k, v = qkv_inputs(2, 70, 70, 2, 16).values()
+    results = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        results.append(flash_attn_func(q, k, v, 0.2))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    assert not torch.equal(results[2], flash_attn_func(q, k, v, 0.2))  # the generator moved on
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_mask_statistics(p: float) -> None:
+    """Rate and pairwise independence, over the whole mask and along every axis, within 5 sigma."""
+    shape = (4, 6, 200, 300)
+    keep = reference.dropout_mask(torch.tensor(99), shape, p).double()
+    count, sigma = keep.numel(), math.sqrt(p * (1 - p))
+    assert abs(keep.mean() - (1 - p)) < 5 * sigma / math.sqrt(count)
+    for axis in range(4):
+        rest = [a for a in range(4) if a != axis]
+        deviation = (keep.mean(rest) - (1 - p)) * math.sqrt(count / shape[axis]) / sigma
+        assert deviation.abs().max() < 5
+        for lag in (1, 2, 3):
+            centred = (keep - (1 - p)) / sigma
+            ahead = centred.narrow(axis, lag, shape[axis] - lag)
+            here = centred.narrow(axis, 0, shape[axis] - lag)
+            assert abs((ahead * here).mean()) * math.sqrt(ahead.numel()) < 5
+    rows = keep.flatten(0, 2)
+    chi = ((rows.mean(1) - (1 - p)).square().mean() / (sigma**2 / shape[3])).item()
+    assert abs(chi - 1) < 5 * math.sqrt(2 / rows.shape[0])  # row sums vary as binomials do
+    other = reference.dropout_mask(torch.tensor(100), shape, p).double()
+    correlation = ((keep - (1 - p)) * (other - (1 - p))).mean() / sigma**2
+    assert abs(correlation) * math.sqrt(count) < 5
+
+
+# ---- the op contract ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [1, 3, 12])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_deterministic(heads: int, dropout_p: float) -> None:
+    tensors = [*qkv_inputs(1, 300, 300, heads, 64).values()]
+    upstream = torch.randn(1, 300, heads, 64)
+
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = flash_attn_func(*leaves, dropout_p, causal=True)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+    assert_deterministic(run)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_any_number_of_threads(threads: int, causal: bool) -> None:
+    """More threads than heads split a head's queries (forward) and keys (backward)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(qkv_inputs(1, 300, 330, 3, 64), causal)
+        check(qkv_inputs(1, 500, 300, 1, 32), causal)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("size", [1, 17, 64, 100])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 33), (6, 97), (49, 31), (97, 200)])
+def test_nothing_is_written_outside(
+    isa: str,
+    queries: int,
+    keys: int,
+    size: int,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every tensor that the backend allocates gets a margin, which must stay as it was."""
+    margins = []
+    new_empty = torch.Tensor.new_empty
+
+    def guarded(like: torch.Tensor, shape: tuple[int, ...], **options: object) -> torch.Tensor:
+        count = math.prod(shape)
+        whole = new_empty(like, (count + 128,), **options).fill_(-77.0)
+        margins.extend((whole[:64], whole[64 + count :]))
+        return whole[64 : 64 + count].view(shape)
+
+    tensors = [*qkv_inputs(2, queries, keys, 3, size).values()]
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    options = (keys - queries, None, 0.0, None, "cpu")
+    out, lse = autograd._forward(*tensors, *options)
+    autograd._backward(torch.ones_like(out), *tensors, out, lse, *options)
+    assert len(margins) == 14
+    assert all(torch.equal(margin, torch.full_like(margin, -77.0)) for margin in margins)
+
+
+def test_compiles() -> None:
+    inputs = qkv_inputs(2, 33, 33, 2, 16)
+
+    def separate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash_attn_func(q, k, v, causal=True)
+
+    def torch_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def packed(qkv: torch.Tensor) -> torch.Tensor:
+        return flash_attn_qkvpacked_func(qkv, causal=True)
+
+    assert_compiles(separate, inputs, "cpu")
+    assert_compiles(torch_like, inputs, "cpu")
+    assert_compiles(packed, {"qkv": torch.randn(2, 33, 3, 2, 16)}, "cpu")
+
+
+def test_compiles_with_dropout() -> None:
+    qkv = torch.randn(2, 33, 3, 2, 16)
+
+    def run(function: object) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        leaf = qkv.clone().requires_grad_()
+        out = function(leaf)  # type: ignore[operator]
+        out.square().sum().backward()
+        return [out.detach(), leaf.grad]
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        return flash_attn_qkvpacked_func(x, 0.2, causal=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(dropped, fullgraph=True, backend="aot_eager")
+    for eager, graph in zip(run(dropped), run(compiled), strict=True):
+        assert torch.equal(eager, graph)
+
+
+def test_opcheck() -> None:
+    q, k, v = qkv_inputs(2, 9, 17, 2, 8).values()
+    dout = torch.randn_like(q)
+    qkv = torch.randn(2, 9, 3, 2, 8)
+    for diagonal in (None, 8):
+        for seed in (None, torch.tensor(5)):
+            options = (diagonal, 0.3, 0.2 if seed is not None else 0.0, seed, "cpu")
+            torch.library.opcheck(autograd.attention_forward, (q, k, v, *options))
+            out, lse = autograd.attention_forward(q, k, v, *options)
+            saved = (dout, q, k, v, out, lse)
+            torch.library.opcheck(autograd.attention_backward, (*saved, *options))
+            out, lse = autograd.attention_forward(*qkv.unbind(2), *options)
+            torch.library.opcheck(
+                autograd.attention_packed_backward, (dout, qkv, out, lse, *options)
+            )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autocast(backend: str) -> None:
+    x = torch.randn(1, 20, 3, 2, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), gpt2fast.use_backend(backend):
+        packed = flash_attn_qkvpacked_func(x, causal=True)
+        separate = flash_attn_func(*x.unbind(2), causal=True)
+    packed.float().sum().backward()
+    assert packed.dtype == separate.dtype == torch.bfloat16
+    assert torch.equal(packed, separate)
+    assert x.grad.dtype == torch.float32
+
+
+def test_fp64_runs_on_the_reference() -> None:
+    q, k, v = (t.double().requires_grad_() for t in qkv_inputs(1, 5, 7, 2, 3).values())
+    assert torch.autograd.gradcheck(lambda *a: flash_attn_func(*a, causal=True), (q, k, v))
+
+
+def test_inference_mode_and_no_grad() -> None:
+    q, k, v = (t.requires_grad_() for t in qkv_inputs(1, 20, 20, 2, 16).values())
+    expected = flash_attn_func(q, k, v, causal=True)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            out = flash_attn_func(q, k, v, causal=True)
+        assert not out.requires_grad
+        assert torch.equal(out, expected)
+
+
+def test_second_derivative_is_refused() -> None:
+    qkv = torch.randn(1, 5, 3, 2, 8, requires_grad=True)
+    out = flash_attn_qkvpacked_func(qkv).square().sum()
+    (gradient,) = torch.autograd.grad(out, qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
+        ({"k": torch.zeros(2, 5, 3, 8, dtype=torch.int64)}, TypeError, "k must be floating point"),
+        ({"v": torch.zeros(2, 5, 8)}, ValueError, "v must have four dimensions"),
+        ({"k": torch.zeros(2, 5, 4, 8)}, ValueError, "k must have q's H = 3"),
+        ({"k": torch.zeros(1, 5, 3, 8)}, ValueError, "k must have q's B = 2"),
+        ({"k": torch.zeros(2, 5, 3, 9)}, ValueError, "k must have q's D = 8"),
+        ({"v": torch.zeros(2, 6, 3, 8)}, ValueError, "v must have shape"),
+        ({"v": torch.zeros(2, 5, 3, 8).half()}, TypeError, "v is torch.float16 but q is"),
+        ({"k": torch.zeros(2, 5, 3, 8, device="meta")}, ValueError, "k is on meta but q is on cpu"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p must lie between 0 and 1, got 1.5"),
+        ({"dropout_p": math.nan}, ValueError, "dropout_p must lie"),
+        ({"q": torch.zeros(2, 4, 3, 0)}, ValueError, "q must have a head size"),
+    ],
+)
+def test_wrong_arguments(change: dict, error: type[Exception], message: str) -> None:
+    good = {
+        "q": torch.zeros(2, 4, 3, 8),
+        "k": torch.zeros(2, 5, 3, 8),
+        "v": torch.zeros(2, 5, 3, 8),
+    }
+    with pytest.raises(error, match=message):
+        flash_attn_func(**{**good, **change})
+
+
+def test_wrong_arguments_of_the_others() -> None:
+    good = torch.zeros(2, 3, 4, 8)
+    with pytest.raises(ValueError, match=r"key must have query's H = 3 in \(B, H, T, D\)"):
+        scaled_dot_product_attention(good, torch.zeros(2, 1, 4, 8), good)
+    with pytest.raises(
+        ValueError, match=r"qkv must have shape \(B, T, 3, H, D\), got \(2, 3, 4, 8\)"
+    ):
+        flash_attn_qkvpacked_func(good)
+    with pytest.raises(ValueError, match="dropout_p must lie"):
+        flash_attn_qkvpacked_func(torch.zeros(1, 2, 3, 2, 4), -0.1)
+
+
+def test_reference_and_kernel_differ_in_bits() -> None:
+    """Guards the tests themselves: `use_backend` really switches the code that runs."""
+    q, k, v = qkv_inputs(1, 64, 64, 2, 64).values()
+    with gpt2fast.use_backend("reference"):
+        expected = flash_attn_func(q, k, v, causal=True)
+    with gpt2fast.use_backend("cpu"):
+        assert not torch.equal(flash_attn_func(q, k, v, causal=True), expected)
