@@ -22,7 +22,7 @@ DEMONSTRATION: Final[Mapping[str, Any]] = {
     "model": "nano",
     "block_size": 128,
     "batch_size": 8,
-    "max_steps": 1200,
+    "max_steps": 1100,
     "max_minutes": 2.0,
     "lr": 3e-3,
     "warmup_steps": 50,
