@@ -22,13 +22,13 @@ DEMONSTRATION: Final[Mapping[str, Any]] = {
     "model": "nano",
     "block_size": 128,
     "batch_size": 16,
-    "max_steps": 900,
+    "max_steps": 700,
     "max_minutes": 2.0,
     "lr": 3e-3,
     "warmup_steps": 50,
-    "eval_interval": 150,
+    "eval_interval": 100,
     "eval_batches": 32,
-    "save_interval": 300,
+    "save_interval": 200,
     "compare_reference": True,
 }
 

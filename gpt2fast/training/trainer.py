@@ -54,7 +54,7 @@ def make_optimizer(model: GPT, config: TrainConfig) -> AdamW:
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
-        max_norm=config.clip or None,
+        max_norm=config.clip or math.inf,  # infinity: the norm is measured only
     )
 
 
@@ -226,11 +226,11 @@ class Trainer:
         mean = float(total) / config.grad_accum
         self._check_finite("the loss", mean, rate)  # before the update: the weights stay good
         self.optimizer.step()
-        norm = self.optimizer.grad_norm
-        norm = None if norm is None else float(norm)
+        measured = self.optimizer.grad_norm
+        assert measured is not None  # max_norm is set
+        norm = float(measured)
         self.optimizer.zero_grad(set_to_none=True)
-        if norm is not None:
-            self._check_finite("the gradient's norm", norm, rate)
+        self._check_finite("the gradient's norm", norm, rate)
         self.step += 1
         return {"step": self.step, "loss": mean, "lr": rate, "grad_norm": norm}
 
