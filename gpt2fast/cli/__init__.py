@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors that a user can mend are one line on stderr; others are bugs and keep their traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _spin_briefly()
     try:
         args = _parser(words).parse_args(words)
         return int(args.run(args))
@@ -40,6 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_told(error)}", file=sys.stderr)
         return 1
+
+
+def _spin_briefly() -> None:
+    """Lets OpenMP threads sleep soon at a barrier; has an effect before PyTorch is loaded.
+
+    libgomp spins 300,000 rounds by default. Where another process has a CPU, the thread that is
+    waited for does not run meanwhile: a training step of a small model took 1260 ms instead of 73.
+    With 10,000 rounds it takes 230, and 76 on a free machine (2 cores, batch 8, 128 tokens).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

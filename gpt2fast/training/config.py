@@ -21,14 +21,14 @@ __all__ = ["DEMONSTRATION", "RESUMABLE", "TrainConfig", "load_config", "read_set
 DEMONSTRATION: Final[Mapping[str, Any]] = {
     "model": "nano",
     "block_size": 128,
-    "batch_size": 16,
-    "max_steps": 700,
+    "batch_size": 8,
+    "max_steps": 1200,
     "max_minutes": 2.0,
     "lr": 3e-3,
     "warmup_steps": 50,
-    "eval_interval": 100,
-    "eval_batches": 32,
-    "save_interval": 200,
+    "eval_interval": 150,
+    "eval_batches": 64,
+    "save_interval": 300,
     "compare_reference": True,
 }
 
