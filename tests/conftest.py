@@ -1,10 +1,14 @@
 """Shared fixtures; the instruction sets that this machine runs are tested one by one."""
 
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # several test processes share the CPUs
+
 import torch
 
 from gpt2fast import backends

@@ -69,7 +69,8 @@ static bool has_avx512() {
 // costs memory and saves the faults. Returns false where the C library has no such setting.
 static bool keep_freed_memory() {
 #if defined(__GLIBC__)
-  return mallopt(M_MMAP_THRESHOLD, 1 << 30) == 1 && mallopt(M_TRIM_THRESHOLD, 2000000000) == 1 &&
+  // M_MMAP_MAX, not M_MMAP_THRESHOLD: glibc before 2.35 refuses thresholds over 32 MB.
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, 2000000000) == 1 &&
          mallopt(M_TOP_PAD, 64 << 20) == 1;
 #else
   return false;

@@ -101,7 +101,8 @@ def summary(
     if comparison is not None:
         lines.append(
             f"speed       {comparison.tokens_per_second:,.0f} tokens/s with {comparison.backend} "
-            f"kernels, {comparison.reference_tokens_per_second:,.0f} on plain PyTorch: "
+            f"kernels, {comparison.reference_tokens_per_second:,.0f} on the plain PyTorch "
+            f"reference: "
             f"{comparison.ratio:.2f}x (medians of {comparison.rounds} steps each, in turn)"
         )
     elif reference_reason:

@@ -1,5 +1,7 @@
 """adamw_ and global_norm: the fp64 rule over steps, layouts, errors, opcheck."""
 
+from itertools import chain
+
 import pytest
 import torch
 from torch import Tensor
@@ -161,7 +163,7 @@ def test_the_number_of_threads_does_not_change_bits() -> None:
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        for a, b in zip(sum(results[0], []), sum(other, []), strict=True):
+        for a, b in zip(chain(*results[0]), chain(*other), strict=True):
             assert torch.equal(a, b)
     assert norms[0] == norms[1] == norms[2]
 
