@@ -70,6 +70,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         described = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(described, dict):
+        raise ValueError(f"{path} holds {type(described).__name__}, not an object")
     if described.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {described.get('model_type')!r}, not 'gpt2'")
     activation = described.get("activation_function", "gelu_new")

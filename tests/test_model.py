@@ -199,6 +199,9 @@ def test_broken_folders_are_named(pretrained: Path) -> None:
     broken(r"tensors are missing, the first transformer\.h\.2", n_layer=3)
     broken("unknown tensors", n_layer=1)
     broken("has shape", vocab_size=100)
+    (pretrained / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds list, not an object"):
+        GPT.from_pretrained(pretrained)
     path.write_bytes(whole[: len(whole) // 2])
     broken("may be cut short")
     path.unlink()

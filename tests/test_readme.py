@@ -112,3 +112,10 @@ def test_our_model_runs() -> None:
     names = block_with("configure_optimizer")
     assert names["logits"] is None
     torch.testing.assert_close(names["expected"], names["loss"])
+
+
+def test_links_and_numbers_are_there() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert "@@" not in text
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert link.startswith("https://") or (README.parent / link).exists(), link

@@ -235,6 +235,9 @@ constexpr int FLUSH = 64;
 
 // The number of shares that parallel_shares makes: a small problem stays on one thread.
 GPT2FAST_INLINE int share_count(i64 count, i64 grain, int threads) {
+#if !defined(_OPENMP)
+  threads = 1;
+#endif
   const i64 units = (count + grain - 1) / grain;
   return threads < units ? threads : units > 1 ? int(units) : 1;
 }

@@ -83,7 +83,13 @@ static Row read_row(const T* z, i64 classes, i64 target) {
     if (MEAN) plain += hsum((offsets[0] + offsets[1]) + (offsets[2] + offsets[3]));
     const float before = max;
     max = hmax(vmax(vmax(highest[0], highest[1]), vmax(highest[2], highest[3])));
-    if (max == -__builtin_inff()) continue;  // nothing but -inf so far: exp(-inf - -inf) would be NaN
+    if (max == -__builtin_inff()) {  // nothing but -inf and NaN so far: exp(-inf - -inf) would be NaN
+      for (c = 0; c < columns; c += VL) {
+        const vf x = load_at(block + c, columns - c < VL ? columns - c : i64(VL), 0.0f);
+        sum += hsum(select(x != x, x, vf{}));
+      }
+      continue;
+    }
     if (max > before) sum *= vexp(splat(before - max))[0];
     vf sums[4] = {};
     c = 0;

@@ -37,14 +37,23 @@ static void forward_rows(const T* x, i64 x_stride, const T* residual, i64 residu
       for_columns(columns, [&](i64 c, i64 n) { total += load_at(row + c, n); });
     }
     const float mu = hsum(total) / columns;
-    vf sums = {}, squares = {};
-    for_columns(columns, [&](i64 c, i64 n) {  // two passes: E[x^2] - E[x]^2 cancels at large means
-      const vf d = load_at(row + c, n, mu) - mu;
-      sums += d;
-      squares += d * d;
-    });
-    const float rest = hsum(sums) / columns;  // what rounding left out of mu: 0 but for large means
-    const float scale = 1.0f / __builtin_sqrtf(hsum(squares) / columns - rest * rest + eps);
+    // Two passes, since E[x^2] - E[x]^2 cancels at large means. What rounding left out of mu is found on the way;
+    // where it is no trifle against the variance, which then cancels too, the pass is taken again.
+    float rest = 0.0f, variance = 0.0f;
+    for (int pass = 0; pass < 3; ++pass) {
+      vf sums = {}, squares = {};
+      for_columns(columns, [&](i64 c, i64 n) {
+        vf d = load_at(row + c, n) - mu - rest;
+        for (i64 i = n; i < VL; ++i) d[i] = 0.0f;
+        sums += d;
+        squares += d * d;
+      });
+      const float missed = hsum(sums) / columns;
+      variance = hsum(squares) / columns - missed * missed;
+      rest += missed;
+      if (missed * missed <= 1e-3f * variance) break;
+    }
+    const float scale = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps);  // NaN stays NaN
     T* out = y + r * columns;
     for_columns(columns, [&](i64 c, i64 n) {
       vf value = (load_at(row + c, n) - mu - rest) * scale;
@@ -119,6 +128,7 @@ static void backward_rows(const T* dy, i64 dy_stride, const T* dsum, i64 dsum_st
 void layer_norm_backward(uintptr_t dy, i64 dy_stride, uintptr_t dsum, i64 dsum_stride, uintptr_t x, i64 x_stride,
                          uintptr_t weight, uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dweight,
                          uintptr_t dbias, uintptr_t workspace, i64 rows, i64 columns, int dtype, int threads) {
+  if (!dx && !workspace) return;
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     const bool parameters = workspace != 0;

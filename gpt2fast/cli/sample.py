@@ -49,6 +49,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("num_samples", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be between 0 and 2^63 - 1, got {args.seed}")
+    if not args.prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in args.prompt):
+        raise ValueError("--prompt is not valid UTF-8")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     damaged: list[str] = []

@@ -44,6 +44,7 @@ class TokenDataset:
     Attributes:
         folder, split: as given.
         manifest: the folder's manifest, or None for plain shards.
+        names: the shards' file names.
         shards: one read-only uint16 array of shape (n,) for each shard.
         tokens: number of tokens in all shards.
         tokenizer: what the tokens mean. Plain shards are GPT-2's by their magic number.
@@ -78,6 +79,7 @@ class TokenDataset:
             identity = []
         if not names:
             raise ShardError(f"{self.folder}: no {split} shards (*_{split}_*.bin)")
+        self.names = names
         self.shards = [self._open(name) for name in names]
         self.tokens = sum(shard.size for shard in self.shards)
         if self.manifest is not None:
@@ -285,6 +287,14 @@ def _gather(dataset: TokenDataset, shards: _Ints, starts: _Ints, block_size: int
     rows = np.empty((len(shards), block_size + 1), dtype=np.int64)
     for row, shard, start in zip(rows, shards.tolist(), starts.tolist(), strict=True):
         row[:] = dataset.shards[shard][start : start + block_size + 1]
+    vocabulary = dataset.tokenizer.vocab_size
+    if rows.size and rows.max() >= vocabulary:
+        r, t = (int(i) for i in np.argwhere(rows >= vocabulary)[0])
+        raise ShardError(
+            f"{dataset.folder / dataset.names[int(shards[r])]}: token {rows[r, t]} at position "
+            f"{int(starts[r]) + t} is outside the {dataset.tokenizer.name} vocabulary of "
+            f"{vocabulary}: the shard is damaged or of another tokenizer"
+        )
     # Two copies rather than two views of one: kernels want rows that begin aligned.
     x, y = (torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :-1], rows[:, 1:]))
     return x, y

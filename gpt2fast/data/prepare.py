@@ -83,7 +83,7 @@ def prepare(
     """Tokenise a source into the folder ``out`` and return its manifest.
 
     The same input gives the same bytes, whatever ``workers`` is. If anything fails, or on Ctrl-C,
-    ``out`` is left as it was, less what ``overwrite`` took away.
+    ``out`` is left as it was.
 
     A source of one file is one document: the first ``int((1 - val_fraction) * n)`` of its ``n``
     characters are for training. It is held in memory whole. Of several files each is a document,
@@ -102,7 +102,7 @@ def prepare(
         max_bytes: of several documents take the first ones, up to this many bytes together.
         workers: threads; default one for each CPU this process may use. tiktoken encodes
             outside Python's interpreter lock, so threads do what processes would.
-        overwrite: replace an earlier preparation in ``out``.
+        overwrite: replace an earlier preparation in ``out``, once the new one is complete.
         progress: show a progress bar if stderr is a terminal.
 
     Raises:

@@ -46,6 +46,9 @@ MANIFEST: Final = "manifest.json"
 # There from the first shard to the manifest; after a crash it tells which files are ours.
 MARKER: Final = "manifest.partial.json"
 
+#: Where the successor of an earlier preparation is written until it is complete.
+STAGE: Final = ".gpt2fast-new"
+
 _MAGIC: Final = 20240520
 _VERSION: Final = 1
 _HEADER_INTS: Final = 256
@@ -287,7 +290,9 @@ class DatasetWriter:
     Args:
         folder: made if missing. Existing contents are never touched, with one exception:
             with ``overwrite`` the files of an earlier preparation, finished or interrupted, which
-            are known by its manifest or marker. A folder with other contents only is refused.
+            are known by its manifest or marker. They are replaced when the new ones are complete:
+            until then, and after a failure, they are as they were. A folder with other contents
+            only is refused.
         name: first part of the shards' names.
         tokenizer: what the tokens mean; recorded in the manifest.
         shard_tokens: tokens a shard.
@@ -306,30 +311,49 @@ class DatasetWriter:
         overwrite: bool = False,
     ) -> None:
         self._folder = Path(folder)
+        self._name = name
         self._tokenizer = tokenizer
+        self._old = check_output_folder(self._folder, overwrite=overwrite)
+        self._created = not self._folder.exists()
+        # An earlier preparation stays whole until the new one is: that is written beside it.
+        self._stage = self._folder / STAGE if self._old else self._folder
         self._writers: dict[Split, ShardWriter] = {
-            "train": ShardWriter(folder, name, "train", shard_tokens),
-            "val": ShardWriter(folder, name, "val", shard_tokens),
+            "train": ShardWriter(self._stage, name, "train", shard_tokens),
+            "val": ShardWriter(self._stage, name, "val", shard_tokens),
         }
         self._open = True
-        self._created = not self._folder.exists()
-        self._claim(name, overwrite)
+        if self._old:
+            shutil.rmtree(self._stage, ignore_errors=True)
+            self._stage.mkdir(parents=True)
+        else:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._mark()
+            except BaseException:
+                self._remove_created_folder()
+                raise
 
-    def _claim(self, name: str, overwrite: bool) -> None:
-        old = check_output_folder(self._folder, overwrite=overwrite)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        # From here to the last deletion either the manifest or the marker names the old files.
-        names = {name} | {m["name"] for file in old if (m := re.match(_SHARD_FILE, file))}
+    def _mark(self) -> None:
+        """From here to its removal the marker or the manifest names all files that are ours."""
+        names = {self._name}
+        names |= {m["name"] for file in self._old if (m := re.match(_SHARD_FILE, file))}
         marker = json.dumps({"format": "gpt2fast-partial", "names": sorted(names)}).encode()
-        try:
-            with _atomic_write(self._folder / MARKER, len(marker)) as file:
-                file.write(marker)
-        except BaseException:
-            self._remove_created_folder()
-            raise
-        for file_name in old:
-            if file_name != MARKER:
-                (self._folder / file_name).unlink(missing_ok=True)
+        with _atomic_write(self._folder / MARKER, len(marker)) as file:
+            file.write(marker)
+
+    def _replace_old(self, new: Sequence[str]) -> None:
+        """Put the new shards in the place of the old files; the manifest follows."""
+        for name in new:
+            if name not in self._old and (self._folder / name).exists():
+                path = str(self._folder / name)
+                raise FileExistsError(errno.EEXIST, "gpt2fast did not write this file", path)
+        self._mark()
+        for name in self._old:
+            if name != MARKER:
+                (self._folder / name).unlink(missing_ok=True)
+        for name in new:
+            os.replace(self._stage / name, self._folder / name)
+        self._stage.rmdir()
 
     def write(self, split: Split, tokens: npt.ArrayLike) -> None:
         """Append ``tokens``, shape (n,), integers in [0, 65535], to a split."""
@@ -345,6 +369,8 @@ class DatasetWriter:
         manifest = Manifest(
             tokenizer=self._tokenizer.to_json(), source=source, tokens=tokens, shards=shards
         )
+        if self._old:
+            self._replace_old([shard.file for shard in shards])
         manifest.save(self._folder)
         self._open = False
         (self._folder / MARKER).unlink()
@@ -355,6 +381,9 @@ class DatasetWriter:
         if not self._open:
             return
         self._open = False
+        if self._old and self._stage.exists():  # what was there before is still whole
+            shutil.rmtree(self._stage)
+            return
         (self._folder / MANIFEST).unlink(missing_ok=True)  # stopped right after it was written
         for writer in self._writers.values():
             for path in writer.files:

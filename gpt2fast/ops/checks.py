@@ -61,3 +61,14 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype != torch.float32 else t.to(dtype) for t in tensors)
+
+
+def distinct(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors, a repeated one as a view: torch.compile takes no tensor twice in a Function."""
+    if not torch.compiler.is_compiling():
+        return tensors  # type: ignore[return-value]
+    seen: list[Tensor] = []
+    for tensor in tensors:
+        assert tensor is not None
+        seen.append(tensor.view_as(tensor) if any(tensor is other for other in seen) else tensor)
+    return tuple(seen)

@@ -39,6 +39,8 @@ class Bigram:
         pairs, counts = [], []
         for part in tokens:
             ids = np.asarray(part, dtype=np.int64)
+            if ids.size and ids.max() >= vocab_size:
+                raise ValueError(f"token {ids.max()} is outside the vocabulary of {vocab_size}")
             unigrams += np.bincount(ids, minlength=vocab_size)
             self._first += np.bincount(ids[:-1], minlength=vocab_size)
             found = np.unique(ids[:-1] * vocab_size + ids[1:], return_counts=True)

@@ -129,7 +129,7 @@ class TrainConfig(BaseModel):
             values["model"] = "gpt2"
         try:
             if values.get("min_lr") is None:
-                values["min_lr"] = float(values.get("lr", 6e-4)) / 10
+                values["min_lr"] = max(0.0, float(values.get("lr", 6e-4)) / 10)
             if values.get("warmup_steps") is None:
                 values["warmup_steps"] = min(715, int(values.get("max_steps", 1000)) // 10)
         except (TypeError, ValueError):

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from gpt2fast import backends
-from gpt2fast.data import TokenDataset, prepare, sequential_batches
+from gpt2fast.data import BatchLoader, TokenDataset, prepare, sequential_batches
 from gpt2fast.data.tokenizers import ByteTokenizer, Tokenizer
 from gpt2fast.generation import generate, prompt_tokens
 from gpt2fast.model import GPT, GPTConfig
@@ -79,7 +79,12 @@ def start_run(
         tokenizer: Tokenizer = ByteTokenizer()
         if config.data is not None:
             config = config.model_copy(update={"data": str(Path(config.data).resolve())})
-            tokenizer = TokenDataset(str(config.data), "train").tokenizer
+            for data in (
+                TokenDataset(str(config.data), "val"),
+                TokenDataset(str(config.data), "train"),
+            ):
+                BatchLoader(data, config.batch_size, config.block_size)  # long enough for a row?
+            tokenizer = data.tokenizer
         build_model(config, tokenizer, on="meta")
         run = create_run(out, overwrite=overwrite)
         config.save(run / CONFIG)
@@ -293,9 +298,13 @@ def _train_and_report(trainer: Trainer, train_data: TokenDataset) -> Result:
     assert val_loss is not None
     with open(run / METRICS, "a", encoding="utf-8") as metrics:
         metrics.write(f'{{"step": {outcome.step}, "val_loss": {val_loss}}}\n')
-    bigram = Bigram.count(train_data).loss(
-        sequential_batches(val_data, config.batch_size, config.block_size, config.eval_batches)
-    )
+    bigram: float | None = None
+    try:
+        bigram = Bigram.count(train_data).loss(
+            sequential_batches(val_data, config.batch_size, config.block_size, config.eval_batches)
+        )
+    except ValueError as error:  # a damaged part of the data that no batch has met
+        progress.line(f"warning: no bigram model to compare with: {error}")
     comparison, reason = None, ""
     if config.compare_reference:
         progress.line("timing the kernels against plain PyTorch")

@@ -84,7 +84,7 @@ def write_report(path: Path, **values: Any) -> None:
 def summary(
     *,
     val_loss: float,
-    bigram: float,
+    bigram: float | None,
     steps: int,
     tokens: int,
     seconds: float,
@@ -95,9 +95,12 @@ def summary(
     lines = [
         f"trained     {steps:,} steps, {tokens:,} tokens in {duration(seconds)}",
         f"validation  loss {val_loss:.4f} nats a token (perplexity {math.exp(val_loss):.2f})",
-        f"bigram      loss {bigram:.4f} (perplexity {math.exp(bigram):.2f}): the model is "
-        + (f"{bigram - val_loss:.4f} better" if val_loss < bigram else "not better yet"),
     ]
+    if bigram is not None:
+        better = f"{bigram - val_loss:.4f} better" if val_loss < bigram else "not better yet"
+        lines.append(
+            f"bigram      loss {bigram:.4f} (perplexity {math.exp(bigram):.2f}): the model is {better}"
+        )
     if comparison is not None:
         lines.append(
             f"speed       {comparison.tokens_per_second:,.0f} tokens/s with {comparison.backend} "

@@ -334,3 +334,15 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     )
     with pytest.raises(ShardError, match="interrupted"):
         TokenDataset(tmp_path / "d", "train")
+
+
+def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
+    """A damaged shard of the right length: the embedding must never see such an id."""
+    dataset = counting(tmp_path, 60)
+    shard = tmp_path / dataset.names[0]
+    raw = bytearray(shard.read_bytes())
+    raw[1024 + 2 * 17 : 1024 + 2 * 17 + 2] = (60000).to_bytes(2, "little")
+    shard.write_bytes(raw)
+    damaged = TokenDataset(tmp_path, "train")
+    with pytest.raises(ShardError, match=rf"{shard.name}: token 60000 at position 17 is outside"):
+        list(sequential_batches(damaged, 2, 5))

@@ -288,3 +288,22 @@ def test_cli(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -
         "--shard-tokens", "100", "--workers", "2", "--overwrite", "--out", str(out),
     )  # fmt: skip
     assert len(Manifest.load(out).shards) > 10
+
+
+def test_a_failed_overwrite_keeps_what_was_there(tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("some text to learn from " * 50)
+    prepare("text", out, input=text, tokenizer="byte", progress=False)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"good so far \xff\xfe")
+    for bad in ("empty.txt", "binary.txt"):
+        with pytest.raises(ValueError, match=r"too small|not UTF-8"):
+            prepare(
+                "text", out, input=tmp_path / bad, tokenizer="byte", overwrite=True, progress=False
+            )
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    text.write_text("another text " * 90)
+    manifest = prepare("text", out, input=text, tokenizer="byte", overwrite=True, progress=False)
+    assert sum(manifest.tokens.values()) == 13 * 90
+    assert {p.name for p in out.iterdir()} == {"manifest.json", *(s.file for s in manifest.shards)}

@@ -565,3 +565,23 @@ def test_reference_and_kernel_differ_in_bits() -> None:
         expected = flash_attn_func(q, k, v, causal=True)
     with gpt2fast.use_backend("cpu"):
         assert not torch.equal(flash_attn_func(q, k, v, causal=True), expected)
+
+
+def test_the_same_tensor_three_times() -> None:
+    def self_attention(x: torch.Tensor) -> torch.Tensor:
+        return flash_attn_func(x, x, x, causal=True)
+
+    assert_compiles(self_attention, {"x": torch.randn(1, 7, 2, 4)}, "cpu")
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    q = torch.randn(1, 5, 2, 8)
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda q: flash_attn_func(q, q, q), (q,), (torch.ones_like(q),))
+
+
+def test_autocast_takes_mixed_dtypes() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = scaled_dot_product_attention(q, q.bfloat16(), q.bfloat16())
+    assert out.dtype == torch.bfloat16

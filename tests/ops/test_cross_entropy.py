@@ -432,3 +432,26 @@ def test_wrong_arguments(
 ) -> None:
     with pytest.raises(error, match=message):
         cross_entropy(*(arguments or (torch.zeros(3, 4), torch.zeros(3).long())), **options)
+
+
+def test_targets_may_be_strided_views() -> None:
+    """Columns of a token table and expanded scalars: the kernel must see the values, not memory."""
+    tokens = torch.randint(11, (6, 9))
+    logits = torch.randn(6, 11)
+    for targets in (tokens[:, -1], tokens[:, 3], torch.tensor(3).expand(6)):
+        expected = torch.nn.functional.cross_entropy(logits, targets.clone())
+        torch.testing.assert_close(cross_entropy(logits, targets), expected)
+
+
+@pytest.mark.parametrize("hidden", ["all", "one"])
+def test_nan_before_the_first_finite_block_stays(isa: str, hidden: str) -> None:
+    logits = torch.randn(1, 9000)
+    logits[:, :4096] = float("nan") if hidden == "all" else -float("inf")
+    logits[0, 5] = float("nan")
+    assert cross_entropy(logits, torch.tensor([8000])).isnan()
+
+
+def test_inplace_backward_refuses_a_view_of_a_parameter() -> None:
+    weight = torch.randn(6, 11, requires_grad=True)
+    with pytest.raises(ValueError, match="a view of one"):
+        cross_entropy(weight.view(6, 11), torch.zeros(6, dtype=torch.int64), inplace_backward=True)

@@ -166,3 +166,24 @@ def test_reference_and_kernel_differ_in_bits() -> None:
         expected = layer_norm(x)
     with gpt2fast.use_backend("cpu"):
         assert not torch.equal(layer_norm(x), expected)
+
+
+@pytest.mark.parametrize("value", [84637.9, 3.3e7, 0.0])
+@pytest.mark.parametrize("width", [768, 16384, 50257])
+def test_constant_rows_at_any_mean_give_the_bias(isa: str, value: float, width: int) -> None:
+    bias = torch.randn(width)
+    assert torch.equal(layer_norm(torch.full((2, width), value), None, bias), bias.expand(2, width))
+
+
+def test_wide_rows_with_a_large_mean(isa: str) -> None:
+    x = (torch.rand(20, 1) * 3e5).expand(20, 16384) + torch.randn(20, 16384)
+    assert_accurate(layer_norm, {"x": x})
+
+
+def test_the_same_tensor_twice() -> None:
+    def doubled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_layer_norm(x, x)
+
+    inputs = {"x": torch.randn(5, 80)}
+    assert_accurate(doubled, inputs)
+    assert_compiles(doubled, inputs, "cpu")

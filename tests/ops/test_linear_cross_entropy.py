@@ -430,3 +430,14 @@ def test_wrong_arguments(changed: dict, error: type[Exception], message: str) ->
     arguments["targets"] = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(error, match=message):
         linear_cross_entropy(**{**arguments, **changed})
+
+
+def test_targets_may_be_strided_views() -> None:
+    tokens, x, weight = torch.randint(11, (6, 9)), torch.randn(6, 8), torch.randn(11, 8)
+    for targets in (tokens[:, -1], torch.tensor(3).expand(6)):
+        for reduction in ("mean", "none"):
+            expected = torch.nn.functional.cross_entropy(
+                x @ weight.t(), targets.clone(), reduction=reduction
+            )
+            measured = linear_cross_entropy(x, weight, targets, reduction=reduction)
+            torch.testing.assert_close(measured, expected)

@@ -482,3 +482,15 @@ def test_bfloat16_and_reference_backend(tiny: dict[str, Any], tmp_path: Path) ->
     assert load_file(tmp_path / "bfloat16/checkpoints/step_00000030/model.safetensors")[
         "transformer.ln_f.weight"
     ].dtype == torch.float32  # fmt: skip
+
+
+def test_data_too_short_leaves_an_earlier_run_alone(tiny: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    start_run(TrainConfig(**{**tiny, "max_steps": 2}), out)
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(ValueError, match="block_size 100000 needs"):
+        start_run(TrainConfig(**{**tiny, "block_size": 100_000}), out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == before
+    with pytest.raises(ValueError, match="block_size 100000 needs"):
+        start_run(TrainConfig(**{**tiny, "block_size": 100_000}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -11,15 +11,20 @@ from gpt2fast.ops.checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    distinct,
 )
 
 
-def _check(
+def _checked(
     tensors: dict[str, Tensor], shape: str, heads_axis: int, time_axis: int, dropout_p: float
-) -> None:
-    (q_name, q), (k_name, k), (v_name, v) = tensors.items()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value in autocast's dtype where it is on, and each a tensor of its own."""
     for name, tensor in tensors.items():
         check_floating(name, tensor)
+    q, k, v = distinct(*autocast(*tensors.values()))
+    tensors = dict(zip(tensors, (q, k, v), strict=True))
+    q_name, k_name, v_name = tensors
+    for name, tensor in tensors.items():
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} must have four dimensions {shape}, got shape {tuple(tensor.shape)}"
@@ -36,6 +41,7 @@ def _check(
             )
     check_shape(v_name, v, tuple(k.shape), f"that of {k_name}")
     _check_dropout(dropout_p)
+    return q, k, v
 
 
 def _check_dropout(dropout_p: float) -> None:
@@ -58,17 +64,15 @@ def _attention(
     scale: float | None,
     dropout_p: float,
 ) -> Tensor:
-    q, k, v = autocast(q, k, v)  # type: ignore[assignment]
     seed = _seed(dropout_p, q.device)
     backend = choose(q)
     if backend == "reference":
         return reference.attention(q, k, v, diagonal, scale, dropout_p, seed)
     options = (diagonal, scale, dropout_p, seed, backend)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled():
         return autograd.Attention.apply(q, k, v, *options)
-    return autograd.attention_forward(q, k, v, *options)[
-        0
-    ]  # a third of the time of a decoding step
+    # Without the Function a decoding step takes a third less time.
+    return autograd.attention_forward(q, k, v, *options)[0]
 
 
 def scaled_dot_product_attention(
@@ -100,7 +104,9 @@ def scaled_dot_product_attention(
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; kernel: Dao et al. 2022,
     https://arxiv.org/abs/2205.14135.
     """
-    _check({"query": query, "key": key, "value": value}, "(B, H, T, D)", 1, 2, dropout_p)
+    query, key, value = _checked(
+        {"query": query, "key": key, "value": value}, "(B, H, T, D)", 1, 2, dropout_p
+    )
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     return _attention(q, k, v, 0 if is_causal else None, scale, dropout_p).transpose(1, 2)
 
@@ -129,7 +135,7 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: a wrong argument, named.
     """
-    _check({"q": q, "k": k, "v": v}, "(B, T, H, D)", 2, 1, dropout_p)
+    q, k, v = _checked({"q": q, "k": k, "v": v}, "(B, T, H, D)", 2, 1, dropout_p)
     diagonal = k.shape[1] - q.shape[1] if causal else None
     return _attention(q, k, v, diagonal, softmax_scale, dropout_p)
 

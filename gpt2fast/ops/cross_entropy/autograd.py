@@ -22,7 +22,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     loss, statistics = load("cross_entropy", backend).forward(
         rows(logits),
-        targets.reshape(-1),
+        targets.reshape(-1).contiguous(),
         ignore_index,
         label_smoothing,
         z_loss,
@@ -39,7 +39,7 @@ def _write_gradient(
     load("cross_entropy", backend).backward(
         dloss.reshape(-1),
         rows(logits),
-        targets.reshape(-1),
+        targets.reshape(-1).contiguous(),
         statistics,
         dlogits,
         *arguments,

@@ -43,10 +43,11 @@ def check_targets(targets: Tensor, shape: tuple[int, ...], name: str, beside: Te
 def _check_inplace(logits: Tensor) -> None:
     if not logits.requires_grad:
         return
-    if logits.is_leaf:
+    base = logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "inplace_backward overwrites the logits, which must then be the result of an operation;"
-            " got a leaf that requires gradients"
+            " got a leaf that requires gradients, or a view of one"
         )
     flat = rows(logits.detach())
     copied = flat.data_ptr() != logits.data_ptr()

@@ -68,6 +68,6 @@ def gelu_mlp(
     if backend == "reference":
         return reference.gelu_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias)
     inputs = (x, fc_weight, fc_bias, proj_weight, proj_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if torch.is_grad_enabled():
         return autograd.GeluMlp.apply(*inputs, backend)
     return autograd.gelu_mlp_forward(*inputs, False, backend)[0]

@@ -9,6 +9,7 @@ from gpt2fast.ops.checks import (
     check_parameter,
     check_same_device,
     check_shape,
+    distinct,
 )
 from gpt2fast.ops.layer_norm import autograd, reference
 
@@ -76,7 +77,7 @@ def add_layer_norm(
     check_shape("residual", residual, tuple(x.shape), "that of x")
     check_same_device("residual", residual, "x", x)
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    x, residual = x.to(dtype), residual.to(dtype)
+    x, residual = distinct(x.to(dtype), residual.to(dtype))
     backend = choose(x)
     if backend == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)

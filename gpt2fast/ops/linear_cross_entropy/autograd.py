@@ -27,7 +27,7 @@ def _forward(
     loss, logprobs, statistics, dx, dweight = load("linear_cross_entropy", backend).forward(
         rows(x),
         weight,
-        targets.reshape(-1),
+        targets.reshape(-1).contiguous(),
         ignore_index,
         label_smoothing,
         z_loss,
@@ -63,7 +63,7 @@ def _backward(
         dloss,
         rows(x),
         weight,
-        targets.reshape(-1),
+        targets.reshape(-1).contiguous(),
         statistics,
         ignore_index,
         label_smoothing,
