@@ -486,7 +486,7 @@ def test_bfloat16_and_reference_backend(tiny: dict[str, Any], tmp_path: Path) ->
 
 def test_data_too_short_leaves_an_earlier_run_alone(tiny: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    start_run(TrainConfig(**{**tiny, "max_steps": 2}), out)
+    start_run(TrainConfig(**{**tiny, "max_steps": 2, "warmup_steps": 1}), out)
     before = sorted(path.name for path in out.iterdir())
     with pytest.raises(ValueError, match="block_size 100000 needs"):
         start_run(TrainConfig(**{**tiny, "block_size": 100_000}), out, overwrite=True)
