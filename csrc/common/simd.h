@@ -182,6 +182,21 @@ GPT2FAST_INLINE void for_columns(i64 columns, const Body& body) {
   for (; c + VL <= columns; c += VL) body(c, i64(VL));
   if (c < columns) body(c, columns - c);
 }
+// The same with body(k, c, n), k = 0..3 in turn: four accumulators hide an addition's latency.
+template <class Body>
+GPT2FAST_INLINE void for_columns_in_turn(i64 columns, const Body& body) {
+  i64 c = 0;
+  for (; c + 4 * VL <= columns; c += 4 * VL) {
+    body(0, c, i64(VL));
+    body(1, c + VL, i64(VL));
+    body(2, c + 2 * VL, i64(VL));
+    body(3, c + 3 * VL, i64(VL));
+  }
+  for (; c + VL <= columns; c += VL) body(0, c, i64(VL));
+  if (c < columns) body(0, c, columns - c);
+}
+GPT2FAST_INLINE float hsum(const vf (&x)[4]) { return hsum((x[0] + x[1]) + (x[2] + x[3])); }
+
 template <class T>
 GPT2FAST_INLINE vf load_at(const T* p, i64 n, float fill = 0.0f) {
   return n == VL ? load(p) : load_n(p, n, fill);

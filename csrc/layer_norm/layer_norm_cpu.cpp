@@ -24,29 +24,30 @@ static void forward_rows(const T* x, i64 x_stride, const T* residual, i64 residu
                          i64 columns, float eps) {
   for (i64 r = begin; r < end; ++r) {
     const T* row = x + r * x_stride;
-    vf total = {};
+    vf total[4] = {};
     if (residual) {
       const T* other = residual + r * residual_stride;
       T* out = sum + r * columns;
-      for_columns(columns, [&](i64 c, i64 n) {
+      for_columns_in_turn(columns, [&](int k, i64 c, i64 n) {
         store_at(out + c, load_at(row + c, n) + load_at(other + c, n), n);
-        total += load_at(out + c, n);  // as stored: the norm is of the rounded sum
+        total[k] += load_at(out + c, n);  // as stored: the norm is of the rounded sum
       });
       row = out;
     } else {
-      for_columns(columns, [&](i64 c, i64 n) { total += load_at(row + c, n); });
+      for_columns_in_turn(columns, [&](int k, i64 c, i64 n) { total[k] += load_at(row + c, n); });
     }
     const float mu = hsum(total) / columns;
     // Two passes, since E[x^2] - E[x]^2 cancels at large means. What rounding left out of mu is found on the way;
     // where it is no trifle against the variance, which then cancels too, the pass is taken again.
     float rest = 0.0f, variance = 0.0f;
     for (int pass = 0; pass < 3; ++pass) {
-      vf sums = {}, squares = {};
-      for_columns(columns, [&](i64 c, i64 n) {
+      vf sums[4] = {}, squares[4] = {};
+      for_columns_in_turn(columns, [&](int k, i64 c, i64 n) {
         vf d = load_at(row + c, n) - mu - rest;
-        for (i64 i = n; i < VL; ++i) d[i] = 0.0f;
-        sums += d;
-        squares += d * d;
+        if (n < VL)
+          for (i64 i = n; i < VL; ++i) d[i] = 0.0f;
+        sums[k] += d;
+        squares[k] += d * d;
       });
       const float missed = hsum(sums) / columns;
       variance = hsum(squares) / columns - missed * missed;
@@ -95,13 +96,13 @@ static void backward_rows(const T* dy, i64 dy_stride, const T* dsum, i64 dsum_st
     const T* grad = dy + r * dy_stride;
     const T* row = x + r * x_stride;
     const float mu = mean[r], scale = rstd[r];
-    vf sum_g = {}, sum_gx = {};
-    for_columns(columns, [&](i64 c, i64 n) {
+    vf sum_g[4] = {}, sum_gx[4] = {};
+    for_columns_in_turn(columns, [&](int k, i64 c, i64 n) {
       const vf d = load_at(grad + c, n), hat = (load_at(row + c, n, mu) - mu) * scale;
       if (INPUT) {
         const vf g = w ? d * load_at(w + c, n) : d;
-        sum_g += g;
-        sum_gx += g * hat;
+        sum_g[k] += g;
+        sum_gx[k] += g * hat;
       }
       if (PARAMETERS) {
         store_at(recent + c, load_at(recent + c, n) + d * hat, n);

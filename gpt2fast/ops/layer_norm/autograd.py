@@ -1,5 +1,6 @@
 """Layer norm as torch.library ops and the autograd Functions on them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,14 +8,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2fast.backends import load
-from gpt2fast.ops.registry import register, rows
+from gpt2fast.ops.registry import is_plain, register, rows
 
 
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, y, mean, rstd = load("layer_norm", backend).forward(rows(x), None, weight, bias, eps)
-    return y.view(x.shape), mean, rstd
+    return y if x.dim() == 2 else y.view(x.shape), mean, rstd
 
 
 def _add_forward(
@@ -122,7 +123,8 @@ class LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
     ) -> Tensor:
-        y, mean, rstd = layer_norm_forward(x, weight, bias, eps, backend)
+        forward: Callable[..., Any] = _forward if is_plain(x) else layer_norm_forward
+        y, mean, rstd = forward(x, weight, bias, eps, backend)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.backend = backend
         return y
@@ -132,7 +134,8 @@ class LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx, dweight, dbias = layer_norm_backward(
+        backward: Callable[..., Any] = _backward if is_plain(dy) else layer_norm_backward
+        dx, dweight, dbias = backward(
             dy, None, x, weight, mean, rstd, need_x, need_weight or need_bias, ctx.backend
         )
         return (
@@ -155,7 +158,8 @@ class AddLayerNorm(torch.autograd.Function):
         eps: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        total, y, mean, rstd = add_layer_norm_forward(x, residual, weight, bias, eps, backend)
+        forward: Callable[..., Any] = _add_forward if is_plain(x) else add_layer_norm_forward
+        total, y, mean, rstd = forward(x, residual, weight, bias, eps, backend)
         ctx.save_for_backward(total, weight, bias, mean, rstd)
         ctx.set_materialize_grads(False)  # the last sum of a model has no gradient of its own
         ctx.backend = backend
@@ -168,7 +172,8 @@ class AddLayerNorm(torch.autograd.Function):
             return dsum, dsum, None, None, None, None
         total, weight, bias, mean, rstd = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
-        dx, dweight, dbias = layer_norm_backward(
+        backward: Callable[..., Any] = _backward if is_plain(dy) else layer_norm_backward
+        dx, dweight, dbias = backward(
             dy,
             dsum,
             total,

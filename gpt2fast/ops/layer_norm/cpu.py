@@ -11,9 +11,9 @@ def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """On rows x (R, C): (x + residual or None, y (R, C), mean (R,) fp32, rstd (R,) fp32)."""
-    y = x.new_empty(x.shape)
-    total = None if residual is None else x.new_empty(x.shape)
-    mean, rstd = (x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(2))
+    y = torch.empty(x.shape, dtype=x.dtype)
+    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     weight, bias = _fp32(weight), _fp32(bias)
     cpu_kernels().layer_norm_forward(
         x.data_ptr(),

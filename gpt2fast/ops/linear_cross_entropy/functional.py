@@ -10,7 +10,7 @@ from gpt2fast.ops.checks import autocast, check_floating, check_same_device, che
 from gpt2fast.ops.cross_entropy.functional import check_options, check_targets
 from gpt2fast.ops.linear_cross_entropy import autograd, reference
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 128 << 20
 
 
 @overload
