@@ -7,6 +7,7 @@ python -m benchmarks.report run.json --plot speed.png   # the speed-up of every 
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    whole = [r for r in rows if r["direction"] == "both"] or rows
+    whole = [r for r in rows if r["direction"] in ("both", "step")] or rows
     groups = list(dict.fromkeys((r["op"], r["label"]) for r in whole))
-    variants = [v for v in dict.fromkeys(r["variant"] for r in whole) if not v.startswith(BASE)]
+    variants = [v for v in dict.fromkeys(r["variant"] for r in whole) if v != BASE]
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.42 * len(groups)), constrained_layout=True)
     height = 0.8 / max(len(variants), 1)
     for number, variant in enumerate(variants):
@@ -109,7 +110,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             found = {
                 r["variant"]: r["median"] for r in whole if (r["op"], r["label"]) == (op, label)
             }
-            base = next((m for name, m in found.items() if name.startswith(BASE)), None)
+            base = found.get(BASE)
             if base is None or variant not in found:
                 continue
             ratio = base / found[variant]
@@ -117,7 +118,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             ours = variant.startswith("gpt2fast")
             color = "#1b7f5c" if ours else f"C{7 + number}"
             axes.barh(y, ratio, height * 0.95, color=color)
-            axes.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=7)
+            axes.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=6)
     handles = [
         plt.Rectangle((0, 0), 1, 1, color="#1b7f5c" if v.startswith("gpt2fast") else f"C{7 + n}")
         for n, v in enumerate(variants)
@@ -127,7 +128,8 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.set_yticks(range(len(groups)), [f"{op}  {label}" for op, label in groups], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("speed against torch eager, forward + backward (higher is faster)")
-    axes.set_title(title, fontsize=9)
+    axes.margins(x=0.08, y=0.01)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=8)
     figure.savefig(path, dpi=150)
 
 
