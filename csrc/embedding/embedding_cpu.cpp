@@ -68,12 +68,11 @@ struct RowSum {
     else
       each([&](i64 c, i64 n) { store_at(recent + c, load_at(recent + c, n) + load_at(row + c, n), n); });
   }
-  void finish(T* out, bool accumulate) {
+  void finish(T* out) {
     const bool one_level = count <= FLUSH;
     each([&](i64 c, i64 n) {
       vf sum = load_at(recent + c, n);
       if (!one_level) sum += load_at(total + c, n);
-      if (accumulate) sum += load_at(out + c, n);
       store_at(out + c, sum, n);
     });
     count = 0;
@@ -87,7 +86,7 @@ struct RowSum {
 // links: vocabulary + batch * length integers where dwte is wanted; workspace: 2 * columns floats. dwte must be
 // zero where it is not to be added to; dwpe points at the first position's row. Either may be 0.
 void embedding_backward(uintptr_t idx, uintptr_t dy, i64 dy_stride, uintptr_t dwte, uintptr_t dwpe, uintptr_t links,
-                        uintptr_t workspace, i64 batch, i64 length, i64 columns, i64 vocabulary, bool accumulate,
+                        uintptr_t workspace, i64 batch, i64 length, i64 columns, i64 vocabulary,
                         int dtype, int threads) {
   const i64 count = batch * length;
   const i64* tokens = (const i64*)idx;
@@ -110,12 +109,12 @@ void embedding_backward(uintptr_t idx, uintptr_t dy, i64 dy_stride, uintptr_t dw
         for (i64 i = 0; i < count; ++i) {
           if (first[tokens[i]] != i) continue;
           for (i64 j = i; j >= 0; j = next[j]) sum.add(rows + j * dy_stride);
-          sum.finish((T*)dwte + tokens[i] * columns, accumulate);
+          sum.finish((T*)dwte + tokens[i] * columns);
         }
       if (dwpe && batch)
         for (i64 t = 0; t < length; ++t) {
           for (i64 b = 0; b < batch; ++b) sum.add(rows + (b * length + t) * dy_stride);
-          sum.finish((T*)dwpe + t * columns, false);
+          sum.finish((T*)dwpe + t * columns);
         }
     });
   });

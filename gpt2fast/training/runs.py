@@ -2,7 +2,7 @@
 
 runs/001/
     train_config.json   the effective configuration
-    metrics.jsonl       a line for every log_interval steps and every validation
+    metrics.jsonl       a line for every step and every validation
     checkpoints/        see checkpoint.py
     data/               the offline default text, where no data was named
     report.json, loss.png, sample.txt       written at the end

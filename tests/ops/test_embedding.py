@@ -103,19 +103,6 @@ def test_index_outside_of_the_table(isa: str, bad: int, place: tuple[int, int]) 
         embedding(**given)
 
 
-def test_accumulating_backward(isa: str) -> None:
-    """A tied head: the embedding's gradient is added to the one that is there."""
-    given, dy = inputs(3, 97, 80), torch.randn(3, 97, 80)
-    held = torch.randn(101, 80)
-    dwte, _ = cpu.backward(dy, given["idx"], 101, 97, 0, True, True)
-    into = held.clone()
-    cpu.backward_into(dy, given["idx"], into, None, 0, accumulate=True)
-    torch.testing.assert_close(into, held + dwte, rtol=0, atol=1e-5)
-    unnamed = torch.ones(101, dtype=torch.bool)
-    unnamed[given["idx"].flatten()] = False
-    assert torch.equal(into[unnamed], held[unnamed])
-
-
 def test_the_number_of_threads_does_not_change_bits() -> None:
     given, dy = inputs(3, 97, 400), torch.randn(3, 97, 400)
     before = torch.get_num_threads()

@@ -55,26 +55,10 @@ def backward(
     columns = dy.shape[2]
     dwte = zeros(vocabulary, columns, dy.dtype) if need_wte else None
     dwpe = dy.new_zeros((positions, columns)) if need_wpe else None
-    backward_into(dy, idx, dwte, dwpe, position, accumulate=False)
-    return dwte, dwpe
-
-
-def backward_into(
-    dy: Tensor,
-    idx: Tensor,
-    dwte: Tensor | None,
-    dwpe: Tensor | None,
-    position: int,
-    accumulate: bool,
-) -> None:
-    """Writes the rows of contiguous dwte and dwpe that idx and position name, and no others.
-
-    With `accumulate` they are added to what dwte holds: a tied head's gradient, for example.
-    """
-    batch, length, columns = dy.shape
+    batch, length, _ = dy.shape
     flat, idx = rows(dy), idx.contiguous()
-    vocabulary = 0 if dwte is None else dwte.shape[0]
-    links = idx.new_empty((vocabulary + idx.numel(),))
+    named = vocabulary if need_wte else 0
+    links = idx.new_empty((named + idx.numel(),))
     workspace = flat.new_empty((2, columns), dtype=torch.float32)
     row_bytes = columns * flat.element_size()
     cpu_kernels().embedding_backward(
@@ -88,11 +72,11 @@ def backward_into(
         batch,
         length,
         columns,
-        vocabulary,
-        accumulate,
+        named,
         DTYPE_CODES[flat.dtype],
         torch.get_num_threads(),
     )
+    return dwte, dwpe
 
 
 def zeros(count: int, columns: int, dtype: torch.dtype) -> Tensor:
