@@ -7,7 +7,7 @@ The choice is automatic by device and dtype; :func:`use_backend` and the environ
 
 import functools
 import importlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import warnings
@@ -83,10 +83,32 @@ def status(name: str) -> Status:
         openmp = "OpenMP" if importlib.import_module("gpt2fast._cpu").openmp else "one thread only"
         return Status(True, f"C++ kernels, {isa}, {openmp}")
     if name == "triton":
-        return Status(False, "this version has no Triton kernels yet")
+        return _triton_status()
     if name == "cuda":
         return Status(False, f"the CUDA kernels are not there: {_why_not_built('cuda')}")
     raise ValueError(f"unknown backend {name!r}; known are {', '.join(NAMES)}")
+
+
+def _triton_status() -> Status:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return Status(
+            False, "triton is not installed: `pip install triton` (torch's CUDA wheels bring it)"
+        )
+    if interpreted():
+        return Status(True, f"Triton {version}, interpreted on the CPU: for tests only")
+    if not torch.cuda.is_available():
+        return Status(False, f"Triton {version} is there, but PyTorch sees no NVIDIA GPU")
+    if (capability := torch.cuda.get_device_capability()) < (8, 0):
+        found = f"{torch.cuda.get_device_name()} has compute capability {capability}"
+        return Status(False, f"the Triton kernels need compute capability 8.0 or later: {found}")
+    return Status(True, f"Triton {version} on {torch.cuda.get_device_name()}")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _checked(name: str) -> str:
@@ -129,9 +151,10 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def _choose_for(device_type: str) -> str:
-    if device_type != "cpu":
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
+    if name is None:
         return "reference"
-    found = status("cpu")
+    found = status(name)
     if not found.available:
         warnings.warn(
             f"gpt2fast runs on the slow PyTorch reference: {found.detail}. "
@@ -139,7 +162,7 @@ def _choose_for(device_type: str) -> str:
             stacklevel=5,
         )
         return "reference"
-    return "cpu"
+    return name
 
 
 @torch.compiler.assume_constant_result
@@ -165,7 +188,8 @@ def choose(tensor: torch.Tensor) -> str:
         return forced
     if forced not in _checked_names:
         _checked_names.add(_check_constant(forced))
-    wanted = "cpu" if forced == "cpu" else "cuda"
+    on_cpu = forced == "cpu" or (forced == "triton" and interpreted())
+    wanted = "cpu" if on_cpu else "cuda"
     if device != wanted:
         raise BackendUnavailable(
             f"backend {forced!r} runs on {wanted} tensors, got one on {device}"

@@ -1,8 +1,12 @@
-"""Shared fixtures; the instruction sets that this machine runs are tested one by one."""
+"""Shared fixtures: every backend and every instruction set that this machine runs, one by one.
+
+Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors.
+"""
 
 import importlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # several test processes share
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is imported
+
 from gpt2fast import backends
+
+if backends.interpreted():
+    try:
+        from tests.triton_interpreter import mend
+    except ImportError:
+        pass  # no Triton: its tests say so
+    else:
+        mend()
 
 #: Real text beside the checkout, where a machine has it; tests must pass without it.
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -24,18 +39,38 @@ def runnable_isas() -> list[str]:
         return ["missing"]
 
 
-@pytest.fixture(params=runnable_isas())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the test once per instruction set of the CPU backend."""
-    if request.param == "missing":
+@contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """Within the block the CPU backend uses the kernels of one instruction set."""
+    if name == "missing":
         pytest.fail(f"the C++ kernels are not built: {backends.status('cpu').detail}")
-    monkeypatch.setenv("GPT2FAST_CPU_ISA", request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT2FAST_CPU_ISA", name)
+        for cached in (backends.cpu_kernels, backends.status):
+            cached.cache_clear()
+        yield
     for cached in (backends.cpu_kernels, backends.status):
         cached.cache_clear()
-    yield request.param
-    monkeypatch.undo()
-    for cached in (backends.cpu_kernels, backends.status):
-        cached.cache_clear()
+
+
+@pytest.fixture(params=runnable_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test of the CPU backend once per instruction set."""
+    with cpu_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*(f"cpu-{isa}" for isa in runnable_isas()), "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once per backend; the CPU's once per instruction set."""
+    name, _, isa = request.param.partition("-")
+    if name == "cpu":
+        with cpu_isa(isa):
+            yield name
+        return
+    if not (found := backends.status(name)).available:
+        pytest.skip(found.detail)
+    yield name
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,12 @@ ULPS = 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def device_of(backend: str) -> torch.device:
+    """Where the tests of a backend have their tensors."""
+    on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
 def _run(
     function: Callable[..., Any],
     inputs: dict[str, Any],
@@ -29,12 +35,15 @@ def _run(
     """Outputs and gradients by name; `dtype` replaces the floating dtype of the inputs."""
     leaves = {}
     arguments = dict(inputs)
+    device = device_of(backend)
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             # the layout is part of the input: a leaf keeps its strides
-            leaf = value.detach().to(dtype)
-            leaf = torch.empty_strided(leaf.shape, value.stride(), dtype=dtype).copy_(leaf)
+            leaf = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=device)
+            leaf.copy_(value.detach())
             arguments[name] = leaves[name] = leaf.requires_grad_(name in wanted)
+        elif isinstance(value, Tensor):
+            arguments[name] = value.to(device)
     with gpt2fast.use_backend(backend):
         results = function(**arguments)
     outputs = [results] if isinstance(results, Tensor) else list(results)
@@ -42,13 +51,15 @@ def _run(
     differentiable = [out for out in outputs if out.requires_grad]
     if wanted and upstream is not None:
         grads = [
-            g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True) if out.requires_grad
+            g.to(device, out.dtype)
+            for g, out in zip(upstream, outputs, strict=True)
+            if out.requires_grad
         ]
         torch.autograd.backward(differentiable, grads)
         for name in wanted:
             assert leaves[name].grad is not None, f"no gradient reached {name}"
             measured[f"gradient of {name}"] = leaves[name].grad
-    return measured
+    return {name: tensor.cpu() for name, tensor in measured.items()}
 
 
 def assert_accurate(
@@ -66,7 +77,7 @@ def assert_accurate(
     `wanted` names the inputs whose gradients are checked (default: all floating-point tensors).
     The function must return floating-point tensors and reach the kernels through gpt2fast's public
     functions, so that `use_backend` switches it between kernel and reference. Output dtypes must
-    agree with the reference's.
+    agree with the reference's. The reference runs on the CPU.
     """
     rounded = {
         name: (
@@ -125,7 +136,9 @@ def assert_compiles(function: Callable[..., Any], inputs: dict[str, Any], backen
         results = []
         for call in (function, compiled):
             leaves = {
-                n: v.detach().clone().requires_grad_(v.is_floating_point())
+                n: v.detach()
+                .to(device_of(backend), copy=True)
+                .requires_grad_(v.is_floating_point())
                 if isinstance(v, Tensor)
                 else v
                 for n, v in inputs.items()

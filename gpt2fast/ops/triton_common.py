@@ -1,0 +1,251 @@
+"""What the Triton backends share: how a kernel is launched, configured, tuned; device functions.
+
+Kernels run in one of three ways. On a GPU they are compiled at first use. With ``TRITON_INTERPRET=1``
+they run on CPU tensors, as the tests do on a machine without a GPU. Within :func:`recording` they do
+not run: what would be launched is listed, for ahead-of-time compilation (benchmarks/triton_report.py).
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The GPU that a configuration is for."""
+
+    arch: int  # compute capability: 80, 90, 100
+    processors: int  # streaming multiprocessors
+    shared: int  # bytes of shared memory that a program may use
+
+
+#: A100, H100 and H200, B200.
+A100 = Target(80, 108, 163 << 10)
+H100 = Target(90, 132, 227 << 10)
+B200 = Target(100, 148, 227 << 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+_recorded: list[Launch] | None = None
+_forced_target: Target | None = None
+
+
+@contextmanager
+def recording(target: Target) -> Iterator[list[Launch]]:
+    """Within the block kernels are configured for `target` and listed instead of launched."""
+    global _recorded, _forced_target
+    before = _recorded, _forced_target
+    launches: list[Launch] = []
+    _recorded, _forced_target = launches, target
+    try:
+        yield launches
+    finally:
+        _recorded, _forced_target = before
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    found = torch.cuda.get_device_properties(index)
+    shared = found.shared_memory_per_block_optin
+    return Target(10 * found.major + found.minor, found.multi_processor_count, shared)
+
+
+def target_of(tensor: Tensor) -> Target:
+    """The GPU that holds `tensor`; a small one of Hopper's kind in the interpreter."""
+    if _forced_target is not None:
+        return _forced_target
+    if INTERPRETED:
+        return dataclasses.replace(H100, processors=3)  # few, so that persistent loops do loop
+    return _device_target(tensor.device.index)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    warps: int,
+    stages: int = 1,
+    **constants: Any,
+) -> None:
+    """Runs `kernel` over `grid` on the device of its first tensor; an empty grid does nothing.
+
+    `constants` are the kernel's constexpr parameters, which come after the others.
+    """
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, arguments, constants, warps, stages))
+        return
+    options = {} if INTERPRETED else compile_options(warps, stages)
+    index = next(a for a in arguments if isinstance(a, Tensor)).device.index
+    if INTERPRETED or index == torch.cuda.current_device():
+        kernel[grid](*arguments, **constants, **options)
+    else:
+        with torch.cuda.device(index):
+            kernel[grid](*arguments, **constants, **options)
+
+
+def compile_options(warps: int, stages: int) -> dict[str, Any]:
+    """What Triton's compiler is told; a * b + c is rounded once, as later versions no longer do
+    unasked."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: tf32 for fp32 only where PyTorch was told to allow it."""
+    allowed = torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+# ---- tuning ----------------------------------------------------------------------------------------
+
+Config = TypeVar("Config")
+
+
+def _table_path(index: int) -> Path:
+    folder = os.environ.get("GPT2FAST_CACHE_DIR") or Path.home() / ".cache" / "gpt2fast"
+    device = torch.cuda.get_device_name(index).replace(" ", "-").lower()
+    return Path(folder) / f"tuned-{device}-triton-{triton.__version__}.json"
+
+
+@functools.cache
+def _table(index: int) -> dict[str, Any]:
+    path = _table_path(index)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def tuned(
+    op: str,
+    key: tuple[Any, ...],
+    tensor: Tensor,
+    rule: Config,
+    candidates: list[Config],
+    run: Callable[[Config], None],
+) -> Config:
+    """The configuration of `op` at shape and dtype `key`: the analytic `rule`'s, or a measured one.
+
+    With ``GPT2FAST_AUTOTUNE=1``, `run` is timed once per key over `rule` and the `candidates` that
+    compile; the best is kept on disk (``GPT2FAST_CACHE_DIR``, default ~/.cache/gpt2fast) and used
+    from then on. Without it nothing is timed: what is on disk serves, else the rule.
+    Configurations are dataclasses. `run` may be called many times and must not change its inputs.
+    """
+    if INTERPRETED or _recorded is not None:
+        return rule
+    index = tensor.device.index
+    table, name = _table(index), f"{op} {' '.join(str(k) for k in key)}"
+    if name in table:
+        return dataclasses.replace(rule, **table[name])  # type: ignore[type-var]
+    if os.environ.get("GPT2FAST_AUTOTUNE") != "1" or torch.cuda.is_current_stream_capturing():
+        return rule
+    times = {config: _time(run, config) for config in (rule, *candidates)}
+    best = min(times, key=times.__getitem__)
+    table[name] = dataclasses.asdict(best)  # type: ignore[call-overload]
+    _save(_table_path(index), table)
+    return best
+
+
+def _time(run: Callable[[Config], None], config: Config) -> float:
+    try:
+        return triton.testing.do_bench(lambda: run(config), warmup=10, rep=50, return_mode="median")
+    except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+        return float("inf")
+
+
+def _save(path: Path, table: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(table, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)
+
+
+# ---- device functions ------------------------------------------------------------------------------
+
+
+@triton.jit
+def sigmoid_parts(z):
+    """s = sigmoid(2 u), u = sqrt(2/pi) (z + 0.044715 z^3): tanh-GELU is z s, since
+    0.5 (1 + tanh(u)) = sigmoid(2 u), which keeps its relative accuracy where tanh(u) is near -1."""
+    u2 = z * (1.5957691216057308 + 0.07135481282 * z * z)
+    return 1 / (1 + tl.exp(-u2))
+
+
+@triton.jit
+def gelu(z):
+    """Tanh-GELU of fp32 z."""
+    return z * sigmoid_parts(z)
+
+
+@triton.jit
+def gelu_slope(z):
+    """d gelu / dz of fp32 z: s + z s (1 - s) d(2 u)/dz."""
+    s = sigmoid_parts(z)
+    return s + z * s * (1 - s) * (1.5957691216057308 + 0.21406443846 * z * z)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partials, first, second, count, columns, split, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row[:, None] < count) & (column[None, :] < columns)
+        offset = row[:, None].to(tl.int64) * columns + column[None, :]
+        total += tl.sum(tl.load(partials + offset, mask=mask, other=0.0), 0)
+    tl.store(first + column, total, mask=column < split)
+    if second is not None:
+        tl.store(second + column - split, total, mask=(column >= split) & (column < columns))
+
+
+def sum_partials(partials: Tensor, split: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Sums over the first axis of contiguous fp32 (P, C), in one fixed order.
+
+    Returns (C,) and None, or with `split` the sums of the columns before and from it on.
+    """
+    count, columns = partials.shape
+    split = columns if split is None else split
+    first = partials.new_empty((split,))
+    second = partials.new_empty((columns - split,)) if split < columns else None
+    launch(
+        _sum_partials_kernel,
+        (triton.cdiv(columns, 32),),
+        partials,
+        first,
+        second,
+        count,
+        columns,
+        split,
+        ROWS=32,
+        BLOCK=32,
+        warps=4,
+    )
+    return first, second

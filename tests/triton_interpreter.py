@@ -1,0 +1,93 @@
+"""Mends Triton's CPU interpreter for the tests: bf16 (upstream: triton issue 11584).
+
+The interpreter keeps bf16 as its 16 bits in unsigned integers. Some of its operations compute with
+those integers, others cut instead of rounding. Here every operation on bf16 values widens them to
+fp32, computes, and rounds the result to nearest even, which is what a GPU does.
+"""
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """fp32 values of bf16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """bf16 bits of fp32 values, to nearest even; NaN stays NaN."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _is_bf16(handle: TensorHandle) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _fp32(handle: TensorHandle) -> TensorHandle:
+    return TensorHandle(widen(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def _mend_casts() -> None:
+    original = InterpreterBuilder.cast_impl
+    original_rounding = InterpreterBuilder.create_fp_to_fp
+
+    def cast(self: Any, source: TensorHandle, target: Any) -> TensorHandle:
+        if source.dtype.scalar == target.scalar:
+            return source
+        source = _fp32(source)
+        if target.scalar == tl.bfloat16:
+            return TensorHandle(narrow(source.data.astype(np.float32)), tl.bfloat16)
+        if target.scalar == source.dtype.scalar:
+            return source
+        return original(self, source, target)
+
+    def cast_rounding(self: Any, source: TensorHandle, target: Any, mode: Any) -> TensorHandle:
+        if tl.bfloat16 in (source.dtype.scalar, target.scalar):
+            assert mode is None or "RTNE" in str(mode), mode
+            return cast(self, source, target)
+        return original_rounding(self, source, target, mode)
+
+    InterpreterBuilder.cast_impl = cast
+    InterpreterBuilder.create_fp_to_fp = cast_rounding
+    for name in ("fp_ext", "fp_trunc", "si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui"):
+        setattr(InterpreterBuilder, f"create_{name}", cast)
+
+
+def _mend_arithmetic() -> None:
+    def lifted(original: Any) -> Any:
+        def operation(self: Any, *arguments: Any) -> TensorHandle:
+            *handles, function = arguments
+            if not any(_is_bf16(h) for h in handles):
+                return original(self, *arguments)
+            result = original(self, *(_fp32(h) for h in handles), function)
+            if result.data.dtype != np.float32:  # a comparison
+                return result
+            return TensorHandle(narrow(result.data), tl.bfloat16)
+
+        return operation
+
+    for name in ("unary_op", "binary_op", "ternary_op"):
+        if hasattr(InterpreterBuilder, name):
+            setattr(InterpreterBuilder, name, lifted(getattr(InterpreterBuilder, name)))
+
+
+def _mend_dot() -> None:
+    original = InterpreterBuilder.create_dot
+
+    def dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        return original(self, _fp32(a), _fp32(b), *rest)
+
+    InterpreterBuilder.create_dot = dot
+
+
+def mend() -> None:
+    """Call once, after TRITON_INTERPRET=1 is set and before the first kernel runs."""
+    _mend_casts()
+    _mend_arithmetic()
+    _mend_dot()
