@@ -69,7 +69,7 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 @functools.cache
 def _device_target(index: int) -> Target:
     found = torch.cuda.get_device_properties(index)
-    shared = found.shared_memory_per_block_optin
+    shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Target(10 * found.major + found.minor, found.multi_processor_count, shared)
 
 
