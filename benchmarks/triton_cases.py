@@ -38,11 +38,11 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def _layer_norm(width: int, x_dtype: torch.dtype) -> None:
     backend = load("layer_norm", "triton")
     x = empty(ROWS, width, dtype=x_dtype)
-    weight, statistics = empty(width, dtype=FP32), empty(ROWS, dtype=FP32)
+    weight, statistics = empty(width, dtype=FP32), empty(2, ROWS, dtype=FP32)
     backend.forward(x, None, weight, weight, 1e-5)
     backend.forward(x, x, weight, weight, 1e-5)
-    backend.backward(x, None, x, weight, statistics, statistics, True, True)
-    backend.backward(x, x, x, weight, statistics, statistics, True, True)
+    backend.backward(x, None, x, weight, statistics, True, True)
+    backend.backward(x, x, x, weight, statistics, True, True)
 
 
 for _size, _width in WIDTHS.items():
