@@ -36,7 +36,7 @@ class LayerNorm(nn.LayerNorm):
 
     def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """s = x + branch and the norm of s in one pass: two tensors of x's shape (..., C)."""
-        return functional.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
+        return functional.add_layer_norm(branch, x, self.weight, self.bias, self.eps)
 
 
 class GELU(nn.GELU):

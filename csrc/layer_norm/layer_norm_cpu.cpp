@@ -1,16 +1,19 @@
 // Layer norm, and residual add + layer norm in one pass.
 //
-//   forward   s = x + residual (or x),  y = (s - mean) * rstd * w + b,  rstd = 1 / sqrt(var + eps)
+//   forward   s = M x + residual (or x),  y = (s - mean) * rstd * w + b,  rstd = 1 / sqrt(var + eps)
+//             M = dropout's mask / (1 - dropout), or 1
 //   backward  x^ = (s - mean) * rstd,  g = dy * w
-//             ds = rstd * (g - mean(g) - x^ * mean(g * x^)) [+ dsum];  dx = dresidual = ds
+//             ds = rstd * (g - mean(g) - x^ * mean(g * x^)) [+ dsum];  dresidual = ds, dx = M ds
 //             dw = sum over rows of dy * x^,  db = sum over rows of dy
 //   source    Ba et al. 2016, "Layer Normalization"; the backward is its derivative.
 //   layout    rows of `columns` contiguous elements, any row stride for inputs; outputs contiguous.
 //   moves     forward 2 (x, y) or 4 (x, residual, s, y) elements per entry; backward 3 (dy, s, ds) or 4.
 //   work      rows are shared out among threads; a row (3 KB at width 768) stays in L1 for its two passes.
 //             dw and db: fp32 partials per thread, flushed every FLUSH rows, added in thread order.
-//   saves     s (the input where there is no residual), mean and rstd in fp32.
+//   saves     s (the input where there is no residual), mean and rstd in fp32. The mask is a hash, formed again.
+#include "common/dropout.h"
 #include "common/simd.h"
+
 #include "layer_norm/layer_norm_cpu.h"
 
 namespace gpt2fast {
@@ -21,15 +24,23 @@ constexpr i64 ROW_GRAIN = 8;  // rows below which a second thread costs more tha
 template <class T>
 static void forward_rows(const T* x, i64 x_stride, const T* residual, i64 residual_stride, const float* w,
                          const float* b, T* sum, T* y, float* mean, float* rstd, i64 begin, i64 end,
-                         i64 columns, float eps) {
+                         i64 columns, float eps, const Dropout* dropout) {
   for (i64 r = begin; r < end; ++r) {
     const T* row = x + r * x_stride;
     vf total[4] = {};
     if (residual) {
       const T* other = residual + r * residual_stride;
       T* out = sum + r * columns;
+      if (dropout) {
+        const RowDropout mask(*dropout, r);
+        for_columns(columns, [&](i64 c, i64 n) {
+          const vf kept = select(mask.keep(c), load_at(row + c, n) * dropout->keep, vf{});
+          store_at(out + c, kept + load_at(other + c, n), n);
+        });
+        row = out;
+      }
       for_columns_in_turn(columns, [&](int k, i64 c, i64 n) {
-        store_at(out + c, load_at(row + c, n) + load_at(other + c, n), n);
+        if (!dropout) store_at(out + c, load_at(row + c, n) + load_at(other + c, n), n);
         total[k] += load_at(out + c, n);  // as stored: the norm is of the rounded sum
       });
       row = out;
@@ -69,12 +80,14 @@ static void forward_rows(const T* x, i64 x_stride, const T* residual, i64 residu
 
 void layer_norm_forward(uintptr_t x, i64 x_stride, uintptr_t residual, i64 residual_stride, uintptr_t weight,
                         uintptr_t bias, uintptr_t sum, uintptr_t y, uintptr_t mean, uintptr_t rstd, i64 rows,
-                        i64 columns, float eps, int dtype, int threads) {
+                        i64 columns, float eps, double dropout, i64 seed, int dtype, int threads) {
+  const Dropout mask = head_dropout(dropout, seed, 0, 0);
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     parallel_shares(rows, ROW_GRAIN, threads, [&](int, i64 begin, i64 end) {
       forward_rows((const T*)x, x_stride, (const T*)residual, residual_stride, (const float*)weight,
-                   (const float*)bias, (T*)sum, (T*)y, (float*)mean, (float*)rstd, begin, end, columns, eps);
+                   (const float*)bias, (T*)sum, (T*)y, (float*)mean, (float*)rstd, begin, end, columns, eps,
+                   dropout > 0.0 ? &mask : nullptr);
     });
   });
 }
@@ -153,6 +166,25 @@ void layer_norm_backward(uintptr_t dy, i64 dy_stride, uintptr_t dsum, i64 dsum_s
     }
     if (dw) store_at(dw + c, sum_w, n);
     if (db) store_at(db + c, sum_b, n);
+  });
+}
+
+// dx = M ds for contiguous ds: what dropout lets through.
+void dropout_rows(uintptr_t ds, uintptr_t dx, i64 rows, i64 columns, double dropout, i64 seed, int dtype,
+                  int threads) {
+  const Dropout mask = head_dropout(dropout, seed, 0, 0);
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_shares(rows, ROW_GRAIN, threads, [&](int, i64 begin, i64 end) {
+      for (i64 r = begin; r < end; ++r) {
+        const RowDropout row(mask, r);
+        const T* from = (const T*)ds + r * columns;
+        T* to = (T*)dx + r * columns;
+        for_columns(columns, [&](i64 c, i64 n) {
+          store_at(to + c, select(row.keep(c), load_at(from + c, n) * mask.keep, vf{}), n);
+        });
+      }
+    });
   });
 }
 

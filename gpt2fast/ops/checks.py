@@ -59,6 +59,19 @@ def check_parameter(
     check_same_device(name, parameter, x_name, x)
 
 
+def check_dropout(dropout_p: float) -> None:
+    """Raises ValueError unless `dropout_p` is a probability."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie between 0 and 1, got {dropout_p}")
+
+
+def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """One number of torch's generator, kept as a tensor so that nothing waits for a GPU."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """fp32 tensors in autocast's dtype where autocast is on, as torch does for matrix products."""
     device = next(t for t in tensors if t is not None).device.type

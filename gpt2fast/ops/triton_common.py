@@ -221,6 +221,47 @@ def gelu_slope(z):
     return s + z * s * (1 - s) * (1.5957691216057308 + 0.21406443846 * z * z)
 
 
+def dropout_numbers(dropout_p: float) -> tuple[float, int]:
+    """What kept values are multiplied by, and the 24 bits of hash from which a value is kept."""
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0, int(dropout_p * 2**24 + 0.5)
+
+
+@triton.jit
+def _scramble(x):
+    """A bijection of 32-bit words, as attention/reference.py has it."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def head_words(seed, b, h):
+    """The two dropout words of head (b, h), from the seed at pointer `seed`."""
+    word = tl.load(seed)
+    b, h = tl.cast(b, tl.uint32), tl.cast(h, tl.uint32)
+    start = _scramble(word.to(tl.uint32) + 0x9E3779B9) ^ (word >> 32).to(tl.uint32)
+    first = _scramble(_scramble(start) + b) + h
+    second = _scramble(_scramble(start ^ 0x85EBCA6B) + b) + h
+    return _scramble(first), _scramble(second)
+
+
+@triton.jit
+def row_words(first, second, i):
+    """The two dropout words of rows i of a head."""
+    i = i.to(tl.uint32)
+    return _scramble(first ^ i), _scramble(second + i * 0x9E3779B9)
+
+
+@triton.jit
+def kept(first, second, j, threshold):
+    """Whether column j is kept in the row of these words; all broadcast."""
+    x = j.to(tl.uint32) * 0x9E3779B9 + first
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) ^ second
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    x = x ^ (x >> 16)
+    return (x >> 8).to(tl.int32) >= threshold
+
+
 @triton.jit
 def _sum_partials_kernel(
     partials, first, second, count, columns, split, ROWS: tl.constexpr, BLOCK: tl.constexpr

@@ -122,8 +122,14 @@ def test_opcheck(backend: str) -> None:
     with device_of(backend):
         x, weight, bias = torch.randn(6, 80), torch.randn(80), torch.randn(80)
     torch.library.opcheck(autograd.layer_norm_forward, (x, weight, bias, 1e-5, backend))
-    torch.library.opcheck(autograd.add_layer_norm_forward, (x, x, weight, None, 1e-5, backend))
+    torch.library.opcheck(
+        autograd.add_layer_norm_forward, (x, x, weight, None, 1e-5, 0.0, None, backend)
+    )
     _, statistics = autograd.layer_norm_forward(x, weight, bias, 1e-5, backend)
+    seed = torch.tensor(5, device=x.device)
+    torch.library.opcheck(autograd.dropout_rows, (x, 0.5, seed, backend))
+    options = (None, None, 1e-5, 0.5, seed, backend)
+    torch.library.opcheck(autograd.add_layer_norm_forward, (x, x, *options))
     for need in ((True, True), (True, False), (False, True)):
         arguments = (x, None, x, weight, statistics, *need, backend)
         torch.library.opcheck(autograd.layer_norm_backward, arguments)
@@ -207,3 +213,33 @@ def test_the_same_tensor_twice(backend: str) -> None:
     inputs = {"x": torch.randn(5, 80)}
     assert_accurate(doubled, inputs, backend=backend)
     assert_compiles(doubled, inputs, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.1, 0.9, 1.0])
+def test_dropout_of_the_branch(backend: str, dropout_p: float, dtype: torch.dtype) -> None:
+    """Every backend draws the same mask from the same generator."""
+
+    def seeded(x: torch.Tensor, residual: torch.Tensor, **p: torch.Tensor) -> tuple:
+        torch.manual_seed(7)
+        return add_layer_norm(x, residual, **p, dropout_p=dropout_p)
+
+    inputs = {"x": torch.randn(2, 33, 80), "residual": torch.randn(2, 33, 80)}
+    if device_of(backend).type == "cpu":  # a GPU has another generator
+        assert_accurate(seeded, {**inputs, **parameters(80)}, dtype=dtype, backend=backend)
+
+
+def test_dropout_keeps_the_right_share(backend: str) -> None:
+    with device_of(backend), gpt2fast.use_backend(backend):
+        x = torch.ones(64, 768, requires_grad=True)
+        total, _ = add_layer_norm(x, torch.zeros_like(x), dropout_p=0.25)
+        total.sum().backward()
+    dropped = (total == 0).float().mean().item()
+    assert abs(dropped - 0.25) < 0.01
+    assert torch.equal(x.grad, total)  # ones times the mask, both ways
+    assert torch.allclose(total[total != 0], torch.full_like(total[total != 0], 4 / 3))
+
+
+def test_wrong_dropout() -> None:
+    with pytest.raises(ValueError, match="dropout_p must lie between 0 and 1"):
+        add_layer_norm(torch.zeros(3, 4), torch.zeros(3, 4), dropout_p=1.5)

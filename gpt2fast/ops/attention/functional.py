@@ -7,11 +7,13 @@ from gpt2fast.backends import choose
 from gpt2fast.ops.attention import autograd, reference
 from gpt2fast.ops.checks import (
     autocast,
+    check_dropout,
     check_floating,
     check_same_device,
     check_same_dtype,
     check_shape,
     distinct,
+    dropout_seed,
 )
 from gpt2fast.ops.registry import apply, call
 
@@ -41,20 +43,8 @@ def _checked(
                 f" got shape {tuple(k.shape)}"
             )
     check_shape(v_name, v, tuple(k.shape), f"that of {k_name}")
-    _check_dropout(dropout_p)
+    check_dropout(dropout_p)
     return q, k, v
-
-
-def _check_dropout(dropout_p: float) -> None:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must lie between 0 and 1, got {dropout_p}")
-
-
-def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """One number of torch's generator, kept as a tensor so that nothing waits for a GPU."""
-    if dropout_p == 0.0:
-        return None
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def _attention(
@@ -65,7 +55,7 @@ def _attention(
     scale: float | None,
     dropout_p: float,
 ) -> Tensor:
-    seed = _seed(dropout_p, q.device)
+    seed = dropout_seed(dropout_p, q.device)
     backend = choose(q)
     if backend == "reference":
         return reference.attention(q, k, v, diagonal, scale, dropout_p, seed)
@@ -162,9 +152,9 @@ def flash_attn_qkvpacked_func(
     check_floating("qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
         raise ValueError(f"qkv must have shape (B, T, 3, H, D), got {tuple(qkv.shape)}")
-    _check_dropout(dropout_p)
+    check_dropout(dropout_p)
     (qkv,) = autocast(qkv)  # type: ignore[assignment]
-    seed = _seed(dropout_p, qkv.device)
+    seed = dropout_seed(dropout_p, qkv.device)
     diagonal = 0 if causal else None
     backend = choose(qkv)
     if backend == "reference":

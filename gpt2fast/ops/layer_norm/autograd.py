@@ -23,10 +23,12 @@ def _add_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total, y, statistics = load("layer_norm", backend).forward(
-        rows(x), rows(residual), weight, bias, eps
+        rows(x), rows(residual), weight, bias, eps, dropout_p, seed
     )
     return shaped(total, x), shaped(y, x), statistics
 
@@ -53,6 +55,14 @@ def _backward(
     return None if dx is None else shaped(dx, x), dweight, dbias
 
 
+def _dropout(x: Tensor, dropout_p: float, seed: Tensor, backend: str) -> Tensor:
+    return shaped(load("layer_norm", backend).dropout(rows(x), dropout_p, seed), x)
+
+
+def _fake_dropout(x: Tensor, dropout_p: float, seed: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _fake_statistics(x: Tensor) -> Tensor:
     return x.new_empty((2, x.shape[:-1].numel()), dtype=torch.float32)
 
@@ -69,6 +79,8 @@ def _fake_add_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape), _fake_statistics(x)
@@ -100,7 +112,7 @@ layer_norm_forward = register(
 )
 add_layer_norm_forward = register(
     "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
+    " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor)",
     _add_forward,
     _fake_add_forward,
 )
@@ -110,6 +122,13 @@ layer_norm_backward = register(
     " -> (Tensor?, Tensor?, Tensor?)",
     _backward,
     _fake_backward,
+)
+
+
+dropout_rows = register(
+    "dropout_rows(Tensor x, float dropout_p, Tensor seed, str backend) -> Tensor",
+    _dropout,
+    _fake_dropout,
 )
 
 
@@ -150,10 +169,15 @@ class AddLayerNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
+        dropout_p: float,
+        seed: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        total, y, statistics = call(add_layer_norm_forward, x, residual, weight, bias, eps, backend)
-        ctx.save_for_backward(total, weight, statistics)
+        total, y, statistics = call(
+            add_layer_norm_forward, x, residual, weight, bias, eps, dropout_p, seed, backend
+        )
+        ctx.save_for_backward(total, weight, statistics, seed)
+        ctx.dropout_p = dropout_p
         ctx.set_materialize_grads(False)  # the last sum of a model has no gradient of its own
         ctx.bias_dtype, ctx.backend = None if bias is None else bias.dtype, backend
         return total, y
@@ -161,19 +185,28 @@ class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return dsum, dsum, None, None, None, None
-        total, weight, statistics = ctx.saved_tensors
+        total, weight, statistics, seed = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
-        need = (need_x or need_residual, need_weight or need_bias)
-        dx, dweight, dbias = call(
-            layer_norm_backward, dy, dsum, total, weight, statistics, *need, ctx.backend
-        )
+        ds: Any = dsum
+        dweight: Any = None
+        dbias: Any = None
+        if dy is None:
+            need_weight = need_bias = False
+        else:
+            need = (need_x or need_residual, need_weight or need_bias)
+            ds, dweight, dbias = call(
+                layer_norm_backward, dy, dsum, total, weight, statistics, *need, ctx.backend
+            )
+        dx = ds if need_x else None
+        if dx is not None and seed is not None:
+            dx = call(dropout_rows, dx, ctx.dropout_p, seed, ctx.backend)
         return (
-            dx if need_x else None,
-            dx if need_residual else None,
+            dx,
+            ds if need_residual else None,
             dweight.to(weight.dtype) if need_weight else None,
             dbias.to(ctx.bias_dtype) if need_bias else None,
+            None,
+            None,
             None,
             None,
         )

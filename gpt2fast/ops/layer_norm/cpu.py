@@ -8,9 +8,18 @@ from gpt2fast.ops.registry import DTYPE_CODES, empty_like, pointer
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """On rows x (R, C): (x + residual or None, y (R, C), statistics: mean, rstd (2, R) fp32)."""
+    """On rows x (R, C): (s = x + residual or None, y (R, C), statistics: mean, rstd (2, R) fp32).
+
+    With a seed, s = dropout(x) + residual.
+    """
     y = empty_like(x)
     total = None if residual is None else empty_like(x)
     count, columns = x.shape
@@ -31,6 +40,8 @@ def forward(
         count,
         columns,
         eps,
+        dropout_p,
+        0 if seed is None else int(seed),
         DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
     )
@@ -75,6 +86,22 @@ def backward(
         threads,
     )
     return dx, dweight, dbias
+
+
+def dropout(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """The rows x (R, C) with `forward`'s mask: dropped elements 0, kept ones / (1 - dropout_p)."""
+    x = x.contiguous()
+    out = empty_like(x)
+    cpu_kernels().dropout_rows(
+        x.data_ptr(),
+        out.data_ptr(),
+        *x.shape,
+        dropout_p,
+        int(seed),
+        DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _fp32(parameter: Tensor | None) -> Tensor | None:

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from gpt2fast.backends import choose
-from gpt2fast.ops.checks import check_floating, check_parameter, check_tensor, distinct
+from gpt2fast.ops.checks import (
+    check_dropout,
+    check_floating,
+    check_parameter,
+    check_tensor,
+    distinct,
+    dropout_seed,
+)
 from gpt2fast.ops.layer_norm import autograd, reference
 from gpt2fast.ops.registry import apply
 
@@ -52,14 +59,17 @@ def add_layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Residual add and layer norm in one pass over memory: s = x + residual, y = layer_norm(s).
 
     Args:
-        x: (..., C), float32, bfloat16 or float16.
+        x: (..., C), float32, bfloat16 or float16: the branch that is added.
         residual: of x's shape; where the dtypes differ (a half-precision branch under autocast), the
             wider one is taken for both, as in torch's addition.
         weight, bias, eps: as for :func:`layer_norm`.
+        dropout_p: probability with which an element of x is dropped before the addition; the others
+            are divided by 1 - dropout_p. The mask follows from one number of torch's generator.
 
     Returns:
         (s, y), both of x's shape and the dtype of x + residual.
@@ -74,7 +84,10 @@ def add_layer_norm(
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     x, residual = distinct(x, residual)
+    check_dropout(dropout_p)
+    seed = dropout_seed(dropout_p, x.device)
     backend = choose(x)
+    options = (weight, bias, eps, dropout_p, seed)
     if backend == "reference":
-        return reference.add_layer_norm(x, residual, weight, bias, eps)
-    return apply(autograd.AddLayerNorm, x, residual, weight, bias, eps, backend)
+        return reference.add_layer_norm(x, residual, *options)
+    return apply(autograd.AddLayerNorm, x, residual, *options, backend)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gpt2fast.ops.attention.reference import dropout_mask
+
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
@@ -11,8 +13,22 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """s = x + residual and layer_norm(s)."""
+    """s = dropout(x) + residual and layer_norm(s).
+
+    Row r and column c of x are kept as query r and key c of attention's first head are.
+    """
+    if seed is not None:
+        count, columns = x.shape[:-1].numel(), x.shape[-1]
+        keep = dropout_mask(seed, (1, 1, count, columns), dropout_p).view(x.shape)
+        factor = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+        x = (x * factor).masked_fill(~keep, 0.0)
     total = x + residual
     return total, layer_norm(total, weight, bias, eps)

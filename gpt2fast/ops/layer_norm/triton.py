@@ -24,8 +24,12 @@ from torch import Tensor
 
 from gpt2fast.ops.triton_common import (
     INTERPRETED,
+    dropout_numbers,
+    head_words,
+    kept,
     launch,
     power_of_two,
+    row_words,
     sum_partials,
     target_of,
     tuned,
@@ -63,6 +67,36 @@ def candidates(columns: int) -> list[Config]:
 
 
 @triton.jit
+def _kept(seed, row, column, threshold):
+    """Dropout's mask of rows and columns, that of attention's first head."""
+    first, second = head_words(seed, 0, 0)
+    first, second = row_words(first, second, row)
+    return kept(first[:, None], second[:, None], column[None, :], threshold)
+
+
+@triton.jit
+def _dropout_kernel(
+    x,
+    out,
+    seed,
+    count,
+    columns,
+    x_stride,
+    factor,
+    threshold,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = (row[:, None] < count) & (column[None, :] < columns)
+    value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
+    value = tl.where(_kept(seed, row, column, threshold), value.to(tl.float32) * factor, 0.0)
+    place = out + row[:, None] * columns + column[None, :]
+    tl.store(place, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _forward_kernel(
     x,
     residual,
@@ -71,11 +105,14 @@ def _forward_kernel(
     total,
     y,
     statistics,
+    seed,
     count,
     columns,
     x_stride,
     residual_stride,
     eps,
+    factor,
+    threshold,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -85,6 +122,8 @@ def _forward_kernel(
     mask = (row[:, None] < count) & real
     s = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
     s = s.to(tl.float32)
+    if seed is not None:
+        s = tl.where(_kept(seed, row, column, threshold), s * factor, 0.0)
     if residual is not None:
         place = residual + row[:, None] * residual_stride + column[None, :]
         s += tl.load(place, mask=mask, other=0.0).to(tl.float32)
@@ -170,9 +209,18 @@ def _configure(x: Tensor, backward: bool, run: Callable[[Config], None]) -> Conf
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """On rows x (R, C): (x + residual or None, y (R, C), statistics: mean, rstd (2, R) fp32)."""
+    """On rows x (R, C): (s = x + residual or None, y (R, C), statistics: mean, rstd (2, R) fp32).
+
+    With a seed, s = dropout(x) + residual.
+    """
     count, columns = x.shape
     y = x.new_empty(x.shape)
     total = None if residual is None else x.new_empty(x.shape)
@@ -189,11 +237,13 @@ def forward(
             total,
             y,
             statistics,
+            seed,
             count,
             columns,
             x.stride(0),
             0 if residual is None else residual.stride(0),
             eps,
+            *dropout_numbers(dropout_p),
             ROWS=config.rows,
             BLOCK=power_of_two(columns),
             warps=config.warps,
@@ -248,3 +298,25 @@ def backward(
     if partials is None:
         return dx, None, None
     return dx, *sum_partials(partials, columns)
+
+
+def dropout(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """The rows x (R, C) with `forward`'s mask: dropped elements 0, kept ones / (1 - dropout_p)."""
+    count, columns = x.shape
+    out = x.new_empty(x.shape)
+    config = rule(columns, False)
+    launch(
+        _dropout_kernel,
+        (triton.cdiv(count, config.rows),),
+        x,
+        out,
+        seed,
+        count,
+        columns,
+        x.stride(0),
+        *dropout_numbers(dropout_p),
+        ROWS=config.rows,
+        BLOCK=power_of_two(columns),
+        warps=config.warps,
+    )
+    return out
