@@ -50,3 +50,14 @@ for _size, _width in WIDTHS.items():
         case(f"layer_norm {_size} {str(_dtype).removeprefix('torch.')}")(
             lambda width=_width, dtype=_dtype: _layer_norm(width, dtype)
         )
+
+
+def _gelu(dtype: torch.dtype) -> None:
+    backend = load("gelu", "triton")
+    x, bias = empty(ROWS, 3072, dtype=dtype), empty(3072, dtype=FP32)
+    backend.forward(x, bias)
+    backend.backward(x, x, bias, True, True)
+
+
+for _dtype in (BF16, FP32):
+    case(f"gelu gpt2 {str(_dtype).removeprefix('torch.')}")(lambda dtype=_dtype: _gelu(dtype))
