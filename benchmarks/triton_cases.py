@@ -57,3 +57,33 @@ for _size, _width in WIDTHS.items():
         case(f"layer_norm {_size} {str(_dtype).removeprefix('torch.')}")(
             lambda width=_width, dtype=_dtype: _layer_norm(width, dtype)
         )
+
+
+def _gelu(dtype: torch.dtype) -> None:
+    backend = load("gelu", "triton")
+    x, bias = empty(ROWS, 3072, dtype=dtype), empty(3072, dtype=FP32)
+    backend.forward(x, bias)
+    backend.backward(x, x, bias, True, True)
+
+
+for _dtype in (BF16, FP32):
+    case(f"gelu gpt2 {str(_dtype).removeprefix('torch.')}")(lambda dtype=_dtype: _gelu(dtype))
+
+
+def _gelu_mlp(width: int, dtype: torch.dtype) -> None:
+    backend = load("gelu_mlp", "triton")
+    x, h = empty(ROWS, width, dtype=dtype), empty(ROWS, 4 * width, dtype=dtype)
+    fc_weight, proj_weight = (
+        empty(*s, dtype=dtype) for s in ((4 * width, width), (width, 4 * width))
+    )
+    fc_bias, proj_bias = empty(4 * width, dtype=FP32), empty(width, dtype=FP32)
+    backend.forward(x, fc_weight, fc_bias, proj_weight, proj_bias, True)
+    backend.backward(x, x, h, fc_weight, fc_bias, proj_weight, [True] * 5)
+
+
+for _size, _width in WIDTHS.items():
+    case(f"gelu_mlp {_size} bfloat16")(lambda width=_width: _gelu_mlp(width, BF16))
+for _dtype in (torch.float16, FP32):
+    case(f"gelu_mlp gpt2 {str(_dtype).removeprefix('torch.')}")(
+        lambda dtype=_dtype: _gelu_mlp(768, dtype)
+    )

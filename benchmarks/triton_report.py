@@ -26,6 +26,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be comp
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.triton_cases import CASES
 from gpt2fast.ops.triton_common import A100, B200, H100, Launch, Target, compile_options, recording
@@ -72,6 +73,8 @@ def job(case: str, launch: Launch, arch: int) -> Job:
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             aligned.append(position)
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
         elif isinstance(value, bool):
