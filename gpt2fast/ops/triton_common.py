@@ -314,15 +314,15 @@ def sum_partials(partials: Tensor, split: int | None = None) -> tuple[Tensor, Te
     second = partials.new_empty((columns - split,)) if split < columns else None
     launch(
         _sum_partials_kernel,
-        (triton.cdiv(columns, 32),),
+        (triton.cdiv(columns, 16),),
         partials,
         first,
         second,
         count,
         columns,
         split,
-        ROWS=32,
-        BLOCK=32,
+        ROWS=128,  # all loads of a program are in flight at once where there are few partials
+        BLOCK=16,
         warps=4,
     )
     return first, second
