@@ -50,3 +50,19 @@ for _size, _width in WIDTHS.items():
         case(f"layer_norm {_size} {str(_dtype).removeprefix('torch.')}")(
             lambda width=_width, dtype=_dtype: _layer_norm(width, dtype)
         )
+
+
+def _embedding(width: int, dtype: torch.dtype) -> None:
+    backend = load("embedding", "triton")
+    idx = empty(BATCH, LENGTH, dtype=torch.int64)
+    wte, wpe = empty(50304, width, dtype=dtype), empty(LENGTH, width, dtype=dtype)
+    backend.forward(idx, wte, wpe, 0)
+    dy = empty(BATCH, LENGTH, width, dtype=dtype)
+    backend.backward(dy, idx, 50304, LENGTH, 0, True, True)
+
+
+for _size in ("gpt2", "gpt2-xl"):
+    for _dtype in (BF16, FP32):
+        case(f"embedding {_size} {str(_dtype).removeprefix('torch.')}")(
+            lambda width=WIDTHS[_size], dtype=_dtype: _embedding(width, dtype)
+        )

@@ -1,8 +1,11 @@
-"""Mends Triton's CPU interpreter for the tests: bf16 (upstream: triton issue 11584).
+"""Mends Triton's CPU interpreter for the tests: bf16 (upstream: triton issue 11584), scalar masks.
 
 The interpreter keeps bf16 as its 16 bits in unsigned integers. Some of its operations compute with
 those integers, others cut instead of rounding. Here every operation on bf16 values widens them to
 fp32, computes, and rounds the result to nearest even, which is what a GPU does.
+
+A scalar condition that is spread over a block becomes integers, which loads and stores refuse as
+masks: here they are made booleans again.
 """
 
 from typing import Any
@@ -86,8 +89,21 @@ def _mend_dot() -> None:
     InterpreterBuilder.create_dot = dot
 
 
+def _mend_splat() -> None:
+    original = InterpreterBuilder.create_splat
+
+    def splat(self: Any, target: Any, source: TensorHandle) -> TensorHandle:
+        result = original(self, target, source)
+        if source.data.dtype == np.bool_:
+            result.data = result.data.astype(np.bool_)
+        return result
+
+    InterpreterBuilder.create_splat = splat
+
+
 def mend() -> None:
     """Call once, after TRITON_INTERPRET=1 is set and before the first kernel runs."""
     _mend_casts()
     _mend_arithmetic()
     _mend_dot()
+    _mend_splat()
