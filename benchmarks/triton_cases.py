@@ -66,3 +66,30 @@ for _size in ("gpt2", "gpt2-xl"):
         case(f"embedding {_size} {str(_dtype).removeprefix('torch.')}")(
             lambda width=WIDTHS[_size], dtype=_dtype: _embedding(width, dtype)
         )
+
+
+def _adamw(dtype: torch.dtype, masters: bool, capturable: bool) -> None:
+    backend = load("adamw", "triton")
+    shapes = [(50304, 768), (1024, 768), (2304, 768), (2304,), (768,)]
+    params = [empty(*shape, dtype=dtype) for shape in shapes]
+    wide = [empty(*shape, dtype=FP32) for shape in shapes]
+    scalar = empty(dtype=FP32)
+    backend.global_norm(params)
+    backend.adamw_(
+        params,
+        params,
+        wide,
+        wide,
+        wide if masters else [],
+        [scalar] * len(params) if capturable else [],
+        scalar if capturable else None,
+        scalar,
+        *(7.0, 6e-4, 0.9, 0.95, 1e-8, 0.1),
+    )
+
+
+for _dtype, _masters in ((FP32, False), (BF16, False), (BF16, True)):
+    for _capturable in (False, True):
+        _name = f"adamw {str(_dtype).removeprefix('torch.')}"
+        _name += " master" * _masters + " capturable" * _capturable
+        case(_name)(lambda d=_dtype, m=_masters, c=_capturable: _adamw(d, m, c))

@@ -32,6 +32,7 @@ from gpt2fast.ops.triton_common import A100, B200, H100, Launch, Target, compile
 
 TARGETS = {target.arch: target for target in (A100, H100, B200)}
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
