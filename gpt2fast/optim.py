@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt2fast.functional import global_norm
-from gpt2fast.ops.adamw.functional import check_adamw, run_adamw
+from gpt2fast.ops.adamw.functional import check_adamw, run_adamw, run_global_norm
 from gpt2fast.ops.adamw.reference import moment_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -69,6 +69,7 @@ class AdamW(torch.optim.Optimizer):
         self.grad_norm = None
         self._counters: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._checked: dict[tuple[int, bool], list[list[Tensor]]] = {}
+        self._measured: list[Tensor] = []
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._counters, self._checked = {}, {}
+        self._counters, self._checked, self._measured = {}, {}, []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its options are checked.
@@ -121,7 +122,12 @@ class AdamW(torch.optim.Optimizer):
             self._check_capture(found)
         scale = None
         if self.max_norm is not None:
-            self.grad_norm = global_norm(grads)
+            params = [p for params in found for p in params]
+            measure = (
+                run_global_norm if grads and _identical(self._measured, params) else global_norm
+            )
+            self.grad_norm = measure(grads)
+            self._measured = params
             scale = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         for index, params in enumerate(found):
             states = [self.state[p] for p in params]

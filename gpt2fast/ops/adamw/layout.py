@@ -36,7 +36,7 @@ class Aligned:
     def __init__(self, lists: Sequence[Sequence[Tensor]], written: Sequence[bool]) -> None:
         self.lists = lists
         self._back: list[tuple[Tensor, Tensor]] = []
-        if all(t.is_contiguous() for tensors in lists for t in tensors):
+        if all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists):
             return
         found = []
         for tensors in zip(*lists, strict=True):

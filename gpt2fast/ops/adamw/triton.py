@@ -21,9 +21,12 @@ tables    A table is a function of the addresses in it, so it is kept under them
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 import triton
@@ -318,12 +321,12 @@ class _Group:
 
 def _groups(lists: Sequence[Sequence[Tensor]], numbers: Sequence[Tensor] = ()) -> list[_Group]:
     """The tensors by dtype and alignment; `numbers` are scalars beside them."""
-    sizes = tuple(t.numel() for t in lists[0])
+    sizes = tuple(map(Tensor.numel, lists[0]))
     dtypes = [t.dtype for t in lists[0]]
-    addresses = [tuple(t.data_ptr() for t in tensors) for tensors in lists]
-    aligned = not any(a & 15 for column in addresses for a in column)
+    addresses = [tuple(map(Tensor.data_ptr, tensors)) for tensors in lists]
+    aligned = not functools.reduce(operator.or_, chain(*addresses), 0) & 15
     if numbers:
-        addresses.append(tuple(t.data_ptr() for t in numbers))
+        addresses.append(tuple(map(Tensor.data_ptr, numbers)))
     if aligned and len(set(dtypes)) == 1 and 0 not in sizes:
         return [_Group(dtypes[0], True, sizes, addresses)]
     found: dict[tuple[torch.dtype, bool], list[int]] = {}
