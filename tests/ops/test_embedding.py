@@ -49,7 +49,17 @@ def test_one_token_many_times(backend: str, tokens: int, dtype: torch.dtype) -> 
     assert_accurate(embedding, given, dtype=dtype, backend=backend)
 
 
-@pytest.mark.parametrize("counts", [[32, 32], [31, 2, 31, 64], [33, 95, 1, 31], [5, 27, 64, 32, 1]])
+RUNS = [
+    [32, 32],
+    [31, 2, 31, 64],
+    [33, 95, 1, 31],
+    [5, 27, 64, 32, 1],
+    *([3, rest] for rest in (2, 3, 4, 5, 30, 31, 32, 33)),
+    [7, 200, 3],
+]
+
+
+@pytest.mark.parametrize("counts", RUNS)
 def test_runs_that_end_at_the_edge_of_a_tile(backend: str, counts: list[int]) -> None:
     """Triton sums tiles of 32 sorted rows: runs that end with a tile, fill it, begin with it."""
     tokens = [token for token, count in enumerate(counts) for _ in range(count)]

@@ -381,7 +381,7 @@ def _tokens_gradient(dy: Tensor, idx: Tensor, vocabulary: int) -> Tensor:
             vocabulary,
             lowest,
             TILE=config.rows,
-            ROWS=32,
+            ROWS=2 if INTERPRETED else 32,  # few, so that the loop over a run's tiles does loop
             BLOCK=block,
             warps=4,
         )
