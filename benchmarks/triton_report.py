@@ -33,11 +33,13 @@ from gpt2fast.ops.triton_common import A100, B200, H100, Launch, Target, compile
 
 TARGETS = {target.arch: target for target in (A100, H100, B200)}
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.uint8: "u8",
     torch.bool: "i1",
 }
