@@ -2,9 +2,9 @@
 
 It must come before the first import of triton, whose own functions are decorated there.
 
-bf16 (upstream: triton issue 11584): the interpreter keeps bf16 as its 16 bits in unsigned integers. Some of its operations compute with
-those integers, others cut instead of rounding. Here every operation on bf16 values widens them to
-fp32, computes, and rounds the result to nearest even, which is what a GPU does.
+bf16 (upstream: triton issue 11584): the interpreter keeps its 16 bits in unsigned integers. Some
+operations compute with those integers, others cut instead of rounding. Here every operation on bf16
+values widens them to fp32, computes, and rounds the result to nearest even, as a GPU does.
 
 Masks: a scalar condition that is spread over a block becomes integers, which loads and stores refuse;
 here they are made booleans again.
