@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import sysconfig
@@ -18,7 +17,7 @@ from typing import Final, Literal, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from gpt2fast.data.download import DownloadError, cache_dir, download
+from gpt2fast.data.download import fetch, sha256_of
 from gpt2fast.data.shards import (
     DatasetWriter,
     Manifest,
@@ -197,7 +196,7 @@ def _find_corpus(source: Source, input: Path | None, max_bytes: int | None) -> _
             raise ValueError("the text source needs a file or a folder: --input PATH")
         if input.is_file():
             location = str(input.resolve())
-            return _Corpus([input], [input.stat().st_size], location, _sha256(input))
+            return _Corpus([input], [input.stat().st_size], location, sha256_of(input))
         if not input.is_dir():
             raise FileNotFoundError(f"--input {input}: no such file or folder")
         files = [path for path in input.rglob("*.txt") if path.is_file()]
@@ -236,31 +235,19 @@ def _folder(root: Path, files: Iterable[Path], location: str, max_bytes: int | N
 
 
 def _shakespeare(input: Path | None) -> _Corpus:
-    path = input or cache_dir() / "tinyshakespeare.txt"
-    found = _sha256(path) if input or path.exists() else None
-    if input is None and found != SHAKESPEARE_SHA256:
-        try:
-            data = download(SHAKESPEARE_URL, SHAKESPEARE_SHA256)
-        except DownloadError as error:
-            raise DownloadError(
-                f"Tiny Shakespeare is not in {path} and could not be downloaded from {error}. "
-                "Fetch that address on another machine and pass the file: --input PATH"
-            ) from error
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temp.write_bytes(data)
-        temp.replace(path)
-    elif found != SHAKESPEARE_SHA256:
+    path = input or fetch(
+        SHAKESPEARE_URL,
+        "tinyshakespeare.txt",
+        SHAKESPEARE_SHA256,
+        what="Tiny Shakespeare",
+        by_hand="--input PATH",
+    )
+    if (found := sha256_of(path)) != SHAKESPEARE_SHA256:
         raise ValueError(
             f"{path} is not Tiny Shakespeare: expected sha256 {SHAKESPEARE_SHA256}, got {found}. "
             "For a text of your own use the text source"
         )
     return _Corpus([path], [path.stat().st_size], SHAKESPEARE_URL, SHAKESPEARE_SHA256)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_text(path: Path) -> str:
