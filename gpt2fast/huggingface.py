@@ -66,31 +66,32 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
             "huggingface_hub: pip install huggingface_hub"
         ) from error
 
-    offline_first = (True, False) if repository in OPENAI.values() else (False,)
-
-    def get(file: str, version: str | None) -> Path:
-        for local in offline_first:
+    def get(file: str, version: str | None, turns: tuple[bool, ...]) -> Path:
+        for local in turns:
             try:
                 return Path(
                     hf_hub_download(repository, file, revision=version, local_files_only=local)
                 )
             except LocalEntryNotFoundError:
-                if not local:
+                if local is turns[-1]:
                     raise
         raise AssertionError("the last turn returns or raises")
 
+    turns = (True, False) if repository in OPENAI.values() else (False,)
     try:
-        folder = get("config.json", revision).parent
-        # The same commit for all files, even if the branch moves meanwhile.
-        commit = folder.name
+        folder = get("config.json", revision, turns).parent
+        commit = folder.name  # the same for all files, even if the branch moves meanwhile
         try:
-            get("model.safetensors", commit)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            index = get("model.safetensors.index.json", commit)
+            get("model.safetensors", commit, turns)
+        except EntryNotFoundError as missing:
+            # Offline it is not known whether the repository has no such file, or the cache.
+            offline = isinstance(missing, LocalEntryNotFoundError)
+            try:
+                index = get("model.safetensors.index.json", commit, (True,) if offline else turns)
+            except LocalEntryNotFoundError:
+                raise missing from None
             for file in _files_of(index):
-                get(file, commit)
+                get(file, commit, turns)
     except LocalEntryNotFoundError as error:
         raise ModelUnavailable(
             _no_model(name, repository, constants.HF_HUB_CACHE, error)
@@ -237,8 +238,21 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def save(model: "GPT", folder: str | Path) -> None:
-    """See :meth:`gpt2fast.GPT.save_pretrained`."""
+def save(
+    model: "GPT",
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    end_of_text: int | None = None,
+) -> None:
+    """See :meth:`gpt2fast.GPT.save_pretrained`.
+
+    Args:
+        model: the model.
+        folder: where it is written.
+        dtype: of the weights in the file; by default the model's.
+        end_of_text: the token that begins and ends texts; by default GPT-2's for its vocabulary.
+    """
     config = model.config
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -249,8 +263,9 @@ def save(model: "GPT", folder: str | Path) -> None:
             tensor = tensor[: config.vocab_size]
         if name.endswith(CONV1D):
             tensor = tensor.t()
-        tensors[name] = tensor.cpu().contiguous()
-    end_of_text = 50256 if config.vocab_size == 50257 else None
+        tensors[name] = tensor.cpu().to(dtype or tensor.dtype).contiguous()
+    if end_of_text is None and config.vocab_size == 50257:
+        end_of_text = 50256
     described = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
