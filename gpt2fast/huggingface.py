@@ -7,6 +7,7 @@ causal mask as ``attn.bias`` and ``attn.masked_bias`` and the tied head as ``lm_
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,109 @@ if TYPE_CHECKING:
     from gpt2fast.model import GPT
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+#: OpenAI's weights, and where they are on the Hub.
+OPENAI = {
+    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+}
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+
+
+class ModelUnavailable(RuntimeError):
+    """A model is not in the cache and could not be fetched from the Hugging Face Hub."""
+
+
+def hub_name(name: str | Path) -> str | None:
+    """The Hub's repository that `name` stands for; None for what is on this disk, or should be.
+
+    A folder or file of the name goes first.
+    """
+    text = str(name)
+    if Path(name).exists():
+        return None
+    return OPENAI.get(text) or (text if _REPOSITORY.fullmatch(text) else None)
+
+
+def locate(name: str | Path, revision: str | None = None) -> Path:
+    """The folder or file on this disk that `name` stands for; fetched from the Hub if need be.
+
+    The weights of OpenAI are taken from the cache without asking the network whether they changed.
+
+    Raises:
+        ModelUnavailable: it is a name on the Hub that could not be had.
+        ValueError: the repository has no safetensors.
+    """
+    repository = hub_name(name)
+    if repository is None:
+        return Path(name)
+    try:
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ModelUnavailable(
+            f"{name}: no such folder here, and the Hugging Face Hub needs the package "
+            "huggingface_hub: pip install huggingface_hub"
+        ) from error
+
+    def get(file: str, version: str | None, turns: tuple[bool, ...]) -> Path:
+        for local in turns:
+            try:
+                return Path(
+                    hf_hub_download(repository, file, revision=version, local_files_only=local)
+                )
+            except LocalEntryNotFoundError:
+                if local is turns[-1]:
+                    raise
+        raise AssertionError("the last turn returns or raises")
+
+    turns = (True, False) if repository in OPENAI.values() else (False,)
+    try:
+        folder = get("config.json", revision, turns).parent
+        commit = folder.name  # the same for all files, even if the branch moves meanwhile
+        try:
+            get("model.safetensors", commit, turns)
+        except EntryNotFoundError as missing:
+            # Offline it is not known whether the repository has no such file, or the cache.
+            offline = isinstance(missing, LocalEntryNotFoundError)
+            try:
+                index = get("model.safetensors.index.json", commit, (True,) if offline else turns)
+            except LocalEntryNotFoundError:
+                raise missing from None
+            for file in _files_of(index):
+                get(file, commit, turns)
+    except LocalEntryNotFoundError as error:
+        raise ModelUnavailable(
+            _no_model(name, repository, constants.HF_HUB_CACHE, error)
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(
+            f"{name}: https://huggingface.co/{repository} has no config.json with model.safetensors"
+            " (or model.safetensors.index.json). Pickled weights are not read"
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # HTTP errors are OSErrors or RuntimeErrors
+        raise ModelUnavailable(
+            _no_model(name, repository, constants.HF_HUB_CACHE, error)
+        ) from error
+    return folder
+
+
+def _no_model(name: str | Path, repository: str, cache: str, error: Exception) -> str:
+    cause: BaseException = error
+    while (deeper := cause.__cause__ or cause.__context__) is not None:
+        cause = deeper
+    reason = " ".join(str(cause).split()) or type(cause).__name__
+    return (
+        f"{name}: no such folder here, and config.json and model.safetensors of "
+        f"https://huggingface.co/{repository} are neither in the cache {cache} nor could be "
+        f"fetched: {reason}. Fetch the two on another machine, put them into a folder and pass "
+        "that folder"
+    )
 
 
 def load(folder: str | Path, *, dropout: float = 0.0) -> "GPT":
@@ -96,13 +199,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return described
 
 
+def _files_of(index: Path) -> list[str]:
+    """The names of the safetensors files that an index lists."""
+    try:
+        files = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files") from error
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index} names {file!r}, which is no safetensors file beside it")
+    return files
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of one or several safetensors files, under this package's names."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
+    files = _files_of(index) if index.is_file() else ["model.safetensors"]
     tensors: dict[str, Tensor] = {}
     for file in files:
         path = folder / file
@@ -126,8 +238,21 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def save(model: "GPT", folder: str | Path) -> None:
-    """See :meth:`gpt2fast.GPT.save_pretrained`."""
+def save(
+    model: "GPT",
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    end_of_text: int | None = None,
+) -> None:
+    """See :meth:`gpt2fast.GPT.save_pretrained`.
+
+    Args:
+        model: the model.
+        folder: where it is written.
+        dtype: of the weights in the file; by default the model's.
+        end_of_text: the token that begins and ends texts; by default GPT-2's for its vocabulary.
+    """
     config = model.config
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,8 +263,9 @@ def save(model: "GPT", folder: str | Path) -> None:
             tensor = tensor[: config.vocab_size]
         if name.endswith(CONV1D):
             tensor = tensor.t()
-        tensors[name] = tensor.cpu().contiguous()
-    end_of_text = 50256 if config.vocab_size == 50257 else None
+        tensors[name] = tensor.cpu().to(dtype or tensor.dtype).contiguous()
+    if end_of_text is None and config.vocab_size == 50257:
+        end_of_text = 50256
     described = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -263,16 +263,31 @@ class GPT(nn.Module):
         return AdamW(groups, lr=lr, betas=betas, eps=eps, max_norm=max_norm, **options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dropout: float = 0.0) -> GPT:
-        """A model in evaluation mode from a Hugging Face GPT-2 folder (config.json, safetensors).
+    def from_pretrained(
+        cls, name: str | Path, *, dropout: float = 0.0, revision: str | None = None
+    ) -> GPT:
+        """A pretrained model in evaluation mode, with the weights and dtype of its files.
+
+        Args:
+            name: a Hugging Face GPT-2 folder (config.json, safetensors); an llm.c .bin file;
+                "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; or "owner/name" of a GPT-2 on the
+                Hugging Face Hub. What came from the Hub stays in huggingface_hub's cache. Pickles
+                are never read.
+            dropout: of the model in training.
+            revision: branch, tag or commit on the Hub.
 
         Raises:
             FileNotFoundError: the folder or a file in it is missing.
             ValueError: it is not a GPT-2, or its tensors do not fit its configuration.
+            ModelUnavailable: a RuntimeError: neither in the cache nor to be had from the Hub;
+                says what to do.
         """
-        from gpt2fast import huggingface
+        from gpt2fast import huggingface, llmc
 
-        return huggingface.load(folder, dropout=dropout)
+        path = huggingface.locate(name, revision)
+        if path.is_file():
+            return llmc.load(path, dropout=dropout)
+        return huggingface.load(path, dropout=dropout)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, which GPT2LMHeadModel.from_pretrained opens.

@@ -89,7 +89,7 @@ def test_info_tells_how_to_get_the_kernels(
 @pytest.mark.parametrize(
     "words",
     [[], ["fly"], ["train", "--lrr", "3"], ["train", "--batch", "3"], ["sample", "a", "b"],
-     ["prepare"], ["--fast"]],
+     ["prepare"], ["eval"], ["eval", "loss"], ["export"], ["--fast"]],
 )  # fmt: skip
 def test_usage_errors_exit_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
@@ -116,6 +116,11 @@ def test_usage_errors_exit_with_2(words: list[str], capsys: pytest.CaptureFixtur
         (["sample", "nowhere"], "nowhere: no such folder"),
         (["sample", "--num-samples", "0"], "--num-samples"),
         (["prepare", "text", "--out", "x"], "--input"),
+        (["eval", "loss", "--data", "nowhere"], "nowhere: no such folder"),
+        (["eval", "hellaswag", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["eval", "hellaswag", "--limit", "0"], "--limit"),
+        (["export", "nowhere", "--out", "x"], "nowhere: no such folder"),
+        (["export", "--out", "x"], "runs: no runs here"),
     ],
 )
 def test_errors_are_one_line_with_exit_code_1(

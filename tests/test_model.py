@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import gpt2fast
 from gpt2fast import GPT, GPTConfig, KVCache
+from gpt2fast.huggingface import ModelUnavailable
 from tests.ops.numerics import compare
 
 TINY = GPTConfig(n_layer=2, n_head=5, n_embd=80, vocab_size=211, block_size=48)
@@ -74,10 +75,24 @@ def test_init() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_logits_loss_and_gradients_equal_transformers(pretrained: Path, backend: str) -> None:
+    equal_to_transformers(pretrained, TINY, backend)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(12, 192), (16, 256), (20, 320), (25, 400)])
+def test_small_versions_of_the_four_sizes_equal_transformers(
+    tmp_path: Path, heads: int, width: int
+) -> None:
+    """The head counts of gpt2, -medium, -large and -xl, with heads of 16 in the place of 64."""
+    config = GPTConfig(n_layer=2, n_head=heads, n_embd=width, vocab_size=307, block_size=64)
+    randomised(config).save_pretrained(tmp_path)
+    equal_to_transformers(tmp_path, config, "cpu")
+
+
+def equal_to_transformers(pretrained: Path, config: GPTConfig, backend: str) -> None:
     """The fp64 rule with transformers' own fp32 model in the part of the reference."""
     from transformers import GPT2LMHeadModel
 
-    idx, targets = batch(TINY)
+    idx, targets = batch(config)
     measured = {}
     for who, dtype in (("truth", torch.float64), ("theirs", torch.float32)):
         model = GPT2LMHeadModel.from_pretrained(pretrained, attn_implementation="eager")
@@ -98,10 +113,10 @@ def test_logits_loss_and_gradients_equal_transformers(pretrained: Path, backend:
         nothing, loss = ours(idx, targets)
         loss.backward()
     assert nothing is None
-    assert logits.shape == (*idx.shape, TINY.vocab_size)
+    assert logits.shape == (*idx.shape, config.vocab_size)
     grads = {n: p.grad for n, p in ours.named_parameters()}
-    assert not grads["transformer.wte.weight"][TINY.vocab_size :].any()
-    grads["transformer.wte.weight"] = grads["transformer.wte.weight"][: TINY.vocab_size]
+    assert not grads["transformer.wte.weight"][config.vocab_size :].any()
+    grads["transformer.wte.weight"] = grads["transformer.wte.weight"][: config.vocab_size]
     found = {"logits": logits.detach(), "loss": loss.detach(), **grads}
     assert found.keys() == measured["truth"].keys()
     for name, value in found.items():
@@ -179,6 +194,101 @@ def test_loads_old_files_without_prefix_and_with_masks(pretrained: Path) -> None
     save_file(tensors, path)
     assert torch.equal(
         GPT.from_pretrained(pretrained).transformer.wte.weight, model.transformer.wte.weight
+    )
+
+
+def cached(hub: Path, repository: str, commit: str = "c0ffee" * 6 + "abcd") -> Path:
+    """A folder in which huggingface_hub finds the files of a repository that it has fetched."""
+    top = hub / f"models--{repository.replace('/', '--')}"
+    (top / "refs").mkdir(parents=True)
+    (top / "refs" / "main").write_text(commit)
+    snapshot = top / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the Hub, and no network."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl", "someone/their.model-2"])
+def test_names_on_the_hub_are_read_from_the_cache(hub: Path, name: str) -> None:
+    model = randomised(TINY)
+    repository = name if "/" in name else f"openai-community/{name}"
+    model.save_pretrained(cached(hub, repository))
+    loaded = GPT.from_pretrained(name).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_model_in_several_files(hub: Path) -> None:
+    model = randomised(TINY)
+    snapshot = cached(hub, "someone/model")
+    model.save_pretrained(snapshot)
+    tensors = load_file(snapshot / "model.safetensors")
+    (snapshot / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, held in files.items():
+        save_file({name: tensors[name] for name in held}, snapshot / file)
+    index = {name: file for file, held in files.items() for name in held}
+    path = snapshot / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    loaded = GPT.from_pretrained("someone/model").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+    for wrong in ("../a.safetensors", "pytorch_model.bin"):
+        path.write_text(json.dumps({"weight_map": {"x": wrong}}))
+        with pytest.raises(ValueError, match="which is no safetensors file beside it"):
+            GPT.from_pretrained(snapshot)
+
+
+@pytest.mark.parametrize("name", ["gpt2-medium", "someone/model"])
+def test_without_network_and_cache_it_says_what_to_do(hub: Path, name: str) -> None:
+    with pytest.raises(ModelUnavailable) as error:
+        GPT.from_pretrained(name)
+    repository = "openai-community/gpt2-medium" if name == "gpt2-medium" else name
+    for part in (
+        f"{name}: no such folder here",
+        f"https://huggingface.co/{repository}",
+        "config.json and model.safetensors",
+        str(hub),
+        "put them into a folder",
+    ):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_repository_of_pickles_is_refused(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    randomised(TINY).save_pretrained(hub)
+    asked = []
+
+    def serve(repository: str, file: str, **_: object) -> str:
+        asked.append(file)
+        if file == "config.json":
+            return str(hub / file)
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", serve)
+    with pytest.raises(ValueError, match="Pickled weights are not read"):
+        GPT.from_pretrained("someone/pickles")
+    assert asked == ["config.json", "model.safetensors", "model.safetensors.index.json"]
+
+
+def test_a_folder_of_the_name_goes_first(hub: Path) -> None:
+    model = randomised(TINY)
+    model.save_pretrained("gpt2")
+    assert torch.equal(
+        GPT.from_pretrained("gpt2").transformer.wpe.weight, model.transformer.wpe.weight
     )
 
 

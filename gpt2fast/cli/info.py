@@ -66,7 +66,15 @@ def _versions() -> list[tuple[str, str]]:
     from gpt2fast import __version__
 
     rows = [("gpt2fast", __version__), ("python", f"{python_version()}, {sys.executable}")]
-    for package in ("torch", "numpy", "tiktoken", "pydantic", "safetensors", "transformers"):
+    for package in (
+        "torch",
+        "numpy",
+        "tiktoken",
+        "pydantic",
+        "safetensors",
+        "huggingface_hub",
+        "transformers",
+    ):
         try:
             rows.append((package, metadata.version(package)))
         except metadata.PackageNotFoundError:

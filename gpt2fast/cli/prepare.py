@@ -1,4 +1,12 @@
-"""``gpt2fast prepare``: text to a folder of token shards."""
+"""``gpt2fast prepare``: text to a folder of token shards.
+
+    gpt2fast prepare fineweb-edu --out data/edu         10B tokens, streamed from the Hub
+    gpt2fast prepare crawl/ --out data/crawl            .jsonl, .parquet, .txt; .gz .bz2 .xz .zst
+    gpt2fast prepare owner/name --text-field content --out data/name
+    gpt2fast prepare text --input book.txt --tokenizer char --out data/book
+
+After Ctrl-C or kill -9 the same command goes on after the last whole shard.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +21,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``gpt2fast prepare``."""
     parser.add_argument(
         "source",
-        choices=("shakespeare", "text", "stdlib"),
-        help="Tiny Shakespeare; your own text (--input); the source of this Python's library",
+        metavar="SOURCE",
+        help="a file or folder of text, JSONL or Parquet; fineweb-edu, fineweb (-10BT, -100BT, "
+        "-350BT, -all) or owner/name of a data set on the Hugging Face Hub; shakespeare: Tiny "
+        "Shakespeare; text: --input; stdlib: the source of this Python's library",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument(
@@ -26,9 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--val-fraction",
         type=float,
-        default=0.1,
         metavar="F",
-        help="share of the characters for validation (default: 0.1)",
+        help="share for validation (default: 0.1; of a data set, and of documents that fill two "
+        "shards or more, the first shard)",
     )
     parser.add_argument(
         "--shard-tokens",
@@ -38,7 +48,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tokens a shard (default: 100 million, 200 MB)",
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads (default: one for each CPU)"
+        "--format",
+        choices=("llm.c", "npy", "raw"),
+        default="llm.c",
+        help="of the shards: llm.c's .bin, build-nanogpt's .npy, nanoGPT's .bin (default: llm.c)",
+    )
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="of JSON and columns (default: text)"
+    )
+    parser.add_argument("--config", metavar="NAME", help="configuration of a data set on the Hub")
+    parser.add_argument(
+        "--split", default="train", metavar="NAME", help="split of a data set on the Hub [train]"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="threads, or processes for large sources (default: one for each CPU)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier preparation in --out"
@@ -57,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         val_fraction=args.val_fraction,
         shard_tokens=args.shard_tokens,
+        shard_format=args.format,
+        text_field=args.text_field,
+        dataset_config=args.config,
+        dataset_split=args.split,
         workers=args.workers,
         overwrite=args.overwrite,
     )

@@ -9,9 +9,8 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-HELP = "sample text from a run, a checkpoint or a Hugging Face GPT-2 folder"
+HELP = "sample text from a run, a checkpoint or a pretrained GPT-2"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         nargs="?",
-        type=Path,
-        metavar="FOLDER",
-        help="run, checkpoint or Hugging Face folder (default: the newest run in runs/)",
+        metavar="MODEL",
+        help="run, checkpoint, Hugging Face folder, llm.c .bin, gpt2 .. gpt2-xl, or owner/name on"
+        " the Hub (default: the newest run in runs/)",
     )
     parser.add_argument("--prompt", default="", metavar="TEXT", help="how the text begins")
     parser.add_argument("--max-new-tokens", type=int, default=300, metavar="N", help="[300]")
@@ -43,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from gpt2fast.generation import prompt_tokens, stream
-    from gpt2fast.model import GPT
-    from gpt2fast.training.checkpoint import find_model, load_tokenizer
+    from gpt2fast.training.checkpoint import load_tokenizer, open_model
 
     for name in ("num_samples", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -55,16 +53,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--prompt is not valid UTF-8")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    device = device_named(args.device)
     damaged: list[str] = []
-    folder = find_model(args.folder, damaged)
+    model, folder = open_model(args.folder, damaged)
     for problem in damaged:
         print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device {device}: not there; use auto, cpu or cuda")
-    model = GPT.from_pretrained(folder).to(device)
+    model = model.to(device)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     prompt = prompt_tokens(tokenizer, args.prompt).expand(args.num_samples, -1)
 
@@ -112,3 +106,14 @@ def run(args: argparse.Namespace) -> int:
     total = count * args.num_samples
     print(f"{total} tokens, {total / max(seconds, 1e-9):,.0f} tokens/s, {folder}", file=sys.stderr)
     return 0
+
+
+def device_named(name: str) -> str:
+    """cpu or cuda for auto, cpu or cuda. Raises ValueError for what is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {name}: not there; use auto, cpu or cuda")
+    return name

@@ -24,6 +24,7 @@ from gpt2fast.data.shards import (
     Manifest,
     ShardError,
     Split,
+    has_llmc_header,
     read_shard,
 )
 from gpt2fast.data.tokenizers import Gpt2Tokenizer, Tokenizer, tokenizer_from_json
@@ -38,8 +39,9 @@ _Words = npt.NDArray[np.uint64]
 class TokenDataset:
     """The tokens of one split of a folder of shards, memory-mapped.
 
-    The folder is one that `prepare` or `DatasetWriter` made, or any folder of llm.c shards with
-    ``_train_`` or ``_val_`` (or ``_train.bin``, ``_val.bin``) in their names.
+    The folder is one that `prepare` or `DatasetWriter` made; or any folder of llm.c ``.bin`` or
+    build-nanogpt ``.npy`` shards with ``_train_`` or ``_val_`` (or ``_train.bin``, ``_val.bin``)
+    in their names; or nanoGPT's with ``train.bin`` and ``val.bin``, which have no header.
 
     Attributes:
         folder, split: as given.
@@ -71,14 +73,14 @@ class TokenDataset:
             identity: list[Any] = [info.sha256 for info in infos]
         elif (self.folder / MARKER).exists():
             raise ShardError(
-                f"{self.folder}: its preparation was interrupted; repeat it with --overwrite"
+                f"{self.folder}: its preparation was interrupted; give the same command again"
             )
         else:
-            pattern = re.compile(rf".*_{split}(_.*)?\.bin")
+            pattern = re.compile(rf"(.*_)?{split}(_.*)?\.(bin|npy)")
             names = sorted(p.name for p in self.folder.iterdir() if pattern.fullmatch(p.name))
             identity = []
         if not names:
-            raise ShardError(f"{self.folder}: no {split} shards (*_{split}_*.bin)")
+            raise ShardError(f"{self.folder}: no {split} shards (*_{split}_*.bin or .npy)")
         self.names = names
         self.shards = [self._open(name) for name in names]
         self.tokens = sum(shard.size for shard in self.shards)
@@ -94,8 +96,18 @@ class TokenDataset:
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def _open(self, name: str) -> np.memmap[Any, np.dtype[np.uint16]]:
+        path = self.folder / name
         try:
-            return read_shard(self.folder / name)
+            if self.manifest is not None:
+                return read_shard(path, self.manifest.shard_format)
+            if name == f"{self.split}.bin" and not has_llmc_header(path):
+                if (self.folder / "meta.pkl").exists():
+                    raise ShardError(
+                        f"{self.folder}: what its tokens mean is in meta.pkl, a pickle, which is "
+                        "not read: prepare the text with gpt2fast"
+                    )
+                return read_shard(path, "raw")
+            return read_shard(path)
         except FileNotFoundError as error:
             raise ShardError(
                 f"{self.folder / name}: the manifest lists this shard, but it is missing"

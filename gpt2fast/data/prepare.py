@@ -1,32 +1,37 @@
-"""Make a folder of token shards from Tiny Shakespeare, from text files, or from Python itself."""
+"""Make a folder of token shards from text, from files of documents, or from the Hub's data sets."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
+import re
 import sysconfig
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
-import numpy as np
 from tqdm import tqdm
 
-from gpt2fast.data.download import DownloadError, cache_dir, download
+from gpt2fast.data import documents
+from gpt2fast.data.download import fetch, sha256_of
+from gpt2fast.data.encoding import Piece, encode_in_order, text_of
 from gpt2fast.data.shards import (
     DatasetWriter,
     Manifest,
+    ShardFormat,
     SourceInfo,
     Split,
+    Stream,
     check_output_folder,
 )
-from gpt2fast.data.tokenizers import Tokenizer, Tokens, get_tokenizer
+from gpt2fast.data.tokenizers import Tokenizer, get_tokenizer
 
 __all__ = ["SOURCES", "Source", "assign_splits", "prepare"]
 
@@ -44,37 +49,40 @@ _STDLIB_SKIP: Final = frozenset({"site-packages", "dist-packages", "test", "test
 # Characters a task: 50 ms of GPT-2 encoding, a thousand times the cost of handing it over.
 _TASK_CHARACTERS: Final = 1 << 18
 
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
+# From here on tokenising runs in processes: starting them takes half a second.
+_PROCESS_BYTES: Final = 1 << 25
+
+_Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class _Corpus:
-    """The files of a source in their order, each one document."""
+    """A source as found: its pieces can be read any number of times, in the same order."""
 
-    files: Sequence[Path]
-    sizes: Sequence[int]  # bytes
+    name: str  # of the shards
+    kind: str
     location: str
+    #: Called with a tokenizer, what is told how many bytes were read, and pieces to leave out.
+    pieces: Callable[[Tokenizer, _Progress, int], Iterator[Piece]]
+    texts: Callable[[], Iterable[str]]  # for a vocabulary of characters
+    bytes: int | None = None
     sha256: str | None = None  # of the one file
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Text to encode by itself: a document, or a part of one."""
-
-    split: Split
-    text: str
-    begins_document: bool = False  # put end-of-text before it
+    first_is_val: bool = False
+    key: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare(
-    source: Source,
+    source: Source | str,
     out: str | Path,
     *,
     input: str | Path | None = None,
     tokenizer: str = "gpt2",
-    val_fraction: float = 0.1,
+    val_fraction: float | None = None,
     shard_tokens: int = 100_000_000,
+    shard_format: ShardFormat = "llm.c",
+    text_field: str = "text",
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
     max_bytes: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
@@ -82,26 +90,36 @@ def prepare(
 ) -> Manifest:
     """Tokenise a source into the folder ``out`` and return its manifest.
 
-    The same input gives the same bytes, whatever ``workers`` is. If anything fails, or on Ctrl-C,
-    ``out`` is left as it was.
+    The same input gives the same bytes, whatever ``workers`` is, and however often it was
+    interrupted: given again, the same call goes on after the last whole shard, after Ctrl-C, an
+    error or kill -9. If it fails before the first shard is whole, ``out`` is left as it was.
 
-    A source of one file is one document: the first ``int((1 - val_fraction) * n)`` of its ``n``
-    characters are for training. It is held in memory whole. Of several files each is a document,
-    belongs to one split as a whole (see `assign_splits`), and is preceded by the end-of-text
-    token where the tokenizer has one. Empty files are left out. Texts are UTF-8, line ends are
-    kept, a byte order mark is dropped.
+    Everything is read as a stream. A text of one file is one document: the first
+    ``int((1 - val_fraction) * n)`` of its ``n`` characters are for training. Of several text files
+    each is a document, belongs to one split as a whole (see `assign_splits`), and is preceded by
+    the end-of-text token where the tokenizer has one; so are the lines of JSONL and the rows of
+    Parquet and of data sets. Empty documents are left out. Texts are UTF-8, line ends are kept, a
+    byte order mark is dropped.
 
     Args:
         source: ``"shakespeare"``: Tiny Shakespeare, from ``input`` or downloaded once;
             ``"text"``: ``input``, a file, or a folder of which all ``*.txt`` below it are taken;
-            ``"stdlib"``: the modules of this Python's standard library, without tests.
+            ``"stdlib"``: the modules of this Python's standard library, without tests;
+            a path: a file of text, JSONL (``.jsonl``) or Parquet, or a folder of such, all but
+            Parquet also compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``);
+            ``"fineweb-edu"`` or another of `documents.DATASETS`, or ``"owner/name"``: a data set
+            of the Hugging Face Hub, streamed.
         out: folder to make; see `DatasetWriter` for what it may hold before.
         tokenizer: ``"gpt2"``, ``"char"`` (vocabulary of both splits' characters) or ``"byte"``.
-        val_fraction: share of the characters for validation, between 0 and 1.
+        val_fraction: share for validation, between 0 and 1. By default a tenth; of a data set, and
+            of documents that fill two shards or more, the first shard.
         shard_tokens: tokens a shard.
-        max_bytes: of several documents take the first ones, up to this many bytes together.
-        workers: threads; default one for each CPU this process may use. tiktoken encodes
-            outside Python's interpreter lock, so threads do what processes would.
+        shard_format: ``"llm.c"``, ``"npy"`` (build-nanogpt) or ``"raw"`` (nanoGPT).
+        text_field: where JSON objects, Parquet files and data sets have the text.
+        dataset_config, dataset_split: of a data set on the Hub.
+        max_bytes: of several text files take the first ones, up to this many bytes together.
+        workers: threads, or processes for large sources; default one for each CPU this process
+            may use.
         overwrite: replace an earlier preparation in ``out``, once the new one is complete.
         progress: show a progress bar if stderr is a terminal.
 
@@ -111,55 +129,109 @@ def prepare(
         FileExistsError, OSError: ``out`` is in use, a file cannot be read or written, no space.
         TokenizerUnavailable, DownloadError: RuntimeErrors, with what to do about it.
     """
-    if not 0 < val_fraction < 1:
+    if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
     # Before the work: downloads, and the reading of all text for a char vocabulary.
-    check_output_folder(Path(out), overwrite=overwrite)
+    check_output_folder(Path(out), overwrite=overwrite, early=True)
 
-    corpus = _find_corpus(source, None if input is None else Path(input), max_bytes)
-    if len(corpus.files) == 1:
-        text = _read_text(corpus.files[0])
-        cut = int((1 - val_fraction) * len(text))
-        pieces: Iterable[_Piece] = [_Piece("train", text[:cut]), _Piece("val", text[cut:])]
-        vocabulary: Iterable[str] = [text]
-    else:
-        pieces = _documents(corpus, val_fraction)
-        vocabulary = map(_read_text, corpus.files)
-    coder = get_tokenizer(tokenizer, vocabulary if tokenizer == "char" else None)
-
-    documents = characters = tokens = 0
-    begin = time.perf_counter()
+    corpus = _find_corpus(
+        source,
+        None if input is None else Path(input),
+        val_fraction=val_fraction,
+        max_bytes=max_bytes,
+        shard_tokens=shard_tokens,
+        text_field=text_field,
+        dataset=(dataset_config, dataset_split),
+    )
+    coder = get_tokenizer(tokenizer, corpus.texts() if tokenizer == "char" else None)
+    key = {
+        "source": corpus.kind,
+        "location": corpus.location,
+        "tokenizer": coder.to_json(),
+        "val_fraction": val_fraction,
+        "shard_tokens": shard_tokens,
+        "shard_format": shard_format,
+        "text_field": text_field,
+        "part_characters": _TASK_CHARACTERS,
+        **corpus.key,
+    }
+    workers = workers or _cpus()
+    large = corpus.bytes is None or corpus.bytes >= _PROCESS_BYTES
     with (
         DatasetWriter(
-            out, source, tokenizer=coder, shard_tokens=shard_tokens, overwrite=overwrite
+            out,
+            corpus.name,
+            tokenizer=coder,
+            shard_tokens=shard_tokens,
+            overwrite=overwrite,
+            first_is_val=corpus.first_is_val,
+            shard_format=shard_format,
+            key=key,
         ) as writer,
         tqdm(
-            total=sum(corpus.sizes), unit="B", unit_scale=True, disable=None if progress else True
+            total=corpus.bytes,
+            unit="B" if corpus.bytes is not None else " tokens",
+            unit_scale=True,
+            disable=None if progress else True,
         ) as bar,
-        contextlib.closing(_encode_in_order(coder, pieces, workers or _cpus())) as results,
     ):
-        for piece, ids in results:
-            writer.write(piece.split, ids)
-            documents += piece.begins_document
-            characters += len(piece.text)
-            tokens += ids.size
-            if not bar.disable:
-                rate = tokens / (time.perf_counter() - begin)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                bar.update(len(piece.text.encode()))
+        done = writer.done
+        skipped = done.get("all", 0) if corpus.bytes is None else 0
+        pieces = corpus.pieces(coder, bar.update if corpus.bytes is not None else _ignore, skipped)
+        left = Counter[Any](done)
+        left["all"] -= skipped
+
+        def to_do() -> Iterator[Piece]:
+            """Without those that an interrupted run has written."""
+            for piece in pieces:
+                if left[piece.stream] > 0:
+                    left[piece.stream] -= 1
+                else:
+                    yield piece
+
+        tokens = 0
+        begin = time.perf_counter()
+        with contextlib.closing(
+            encode_in_order(
+                coder,
+                to_do(),
+                workers=workers,
+                processes=large and workers > 1,
+                task_size=_TASK_CHARACTERS,
+                field=text_field,
+            )
+        ) as results:
+            for piece, ids, characters in results:
+                writer.write(
+                    piece.stream,
+                    ids,
+                    documents=int(piece.begins_document and characters > 0),
+                    characters=characters,
+                )
+                tokens += ids.size
+                if not bar.disable:
+                    rate = tokens / (time.perf_counter() - begin)
+                    bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                    if corpus.bytes is None:
+                        bar.update(ids.size)
+        found, characters = writer.counts
         return writer.finish(
             SourceInfo(
-                kind=source,
+                kind=corpus.kind,
                 location=corpus.location,
                 sha256=corpus.sha256,
-                documents=max(documents, 1),
+                documents=max(found, 1),
                 characters=characters,
             )
         )
+
+
+def _ignore(count: int) -> None:
+    pass
 
 
 def assign_splits(sizes: Sequence[int], val_fraction: float) -> list[Split]:
@@ -189,19 +261,21 @@ def assign_splits(sizes: Sequence[int], val_fraction: float) -> list[Split]:
     return splits
 
 
-def _find_corpus(source: Source, input: Path | None, max_bytes: int | None) -> _Corpus:
+def _find_corpus(
+    source: str,
+    input: Path | None,
+    *,
+    val_fraction: float | None,
+    max_bytes: int | None,
+    shard_tokens: int,
+    text_field: str,
+    dataset: tuple[str | None, str],
+) -> _Corpus:
+    share = 0.1 if val_fraction is None else val_fraction
     if source == "shakespeare":
-        return _shakespeare(input)
-    if source == "text":
-        if input is None:
-            raise ValueError("the text source needs a file or a folder: --input PATH")
-        if input.is_file():
-            location = str(input.resolve())
-            return _Corpus([input], [input.stat().st_size], location, _sha256(input))
-        if not input.is_dir():
-            raise FileNotFoundError(f"--input {input}: no such file or folder")
-        files = [path for path in input.rglob("*.txt") if path.is_file()]
-        return _folder(input, files, str(input.resolve()), max_bytes)
+        return _one_text(
+            source, _shakespeare(input), share, SHAKESPEARE_URL, sha256=SHAKESPEARE_SHA256
+        )
     if source == "stdlib":
         if input is not None:
             raise ValueError("the stdlib source takes no --input")
@@ -211,13 +285,112 @@ def _find_corpus(source: Source, input: Path | None, max_bytes: int | None) -> _
             for path in root.rglob("*.py")
             if _STDLIB_SKIP.isdisjoint(path.relative_to(root).parts[:-1])
         ]
-        return _folder(
-            root, files, f"standard library of Python {platform.python_version()}", max_bytes
+        location = f"standard library of Python {platform.python_version()}"
+        return _texts(source, root, files, location, share, max_bytes)
+    if source == "text":
+        if input is None:
+            raise ValueError("the text source needs a file or a folder: --input PATH")
+        if input.is_file():
+            return _one_text(source, input, share, str(input.resolve()))
+        if not input.is_dir():
+            raise FileNotFoundError(f"--input {input}: no such file or folder")
+        files = [path for path in input.rglob("*.txt*") if path.is_file() and _is_txt(path)]
+        return _texts(source, input, files, str(input.resolve()), share, max_bytes)
+    if input is not None:
+        raise ValueError(f"the source {source!r} takes no --input")
+    path = Path(source)
+    if path.exists():
+        files = [path]
+        if path.is_dir():
+            files = [p for p in path.rglob("*") if p.is_file() and documents.kind_of(p)]
+        kinds = {documents.kind_of(file) for file in files}
+        if kinds <= {"text", None}:  # a file of another name that is asked for is text
+            if path.is_file():
+                return _one_text("text", path, share, str(path.resolve()))
+            return _texts("text", path, files, str(path.resolve()), share, max_bytes)
+        return _documents(path, files, text_field, val_fraction, shard_tokens)
+    if (named := documents.hub_dataset(source)) is not None:
+        config, split = dataset[0] or named[1], dataset[1]
+        return _hub(source, named[0], config, split, text_field, val_fraction)
+    raise ValueError(
+        f"unknown source {source!r}: choose {', '.join(SOURCES)}, a file or folder that exists, "
+        f"{', '.join(documents.DATASETS)}, or owner/name of a data set on the Hugging Face Hub"
+    )
+
+
+def _is_txt(path: Path) -> bool:
+    return documents.kind_of(path) == "text" and ".txt" in path.suffixes[-2:]
+
+
+def _shakespeare(input: Path | None) -> Path:
+    path = input or fetch(
+        SHAKESPEARE_URL,
+        "tinyshakespeare.txt",
+        SHAKESPEARE_SHA256,
+        what="Tiny Shakespeare",
+        by_hand="--input PATH",
+    )
+    if (found := sha256_of(path)) != SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"{path} is not Tiny Shakespeare: expected sha256 {SHAKESPEARE_SHA256}, got {found}. "
+            "For a text of your own use the text source"
         )
-    raise ValueError(f"unknown source {source!r}: choose {', '.join(SOURCES)}")
+    return path
 
 
-def _folder(root: Path, files: Iterable[Path], location: str, max_bytes: int | None) -> _Corpus:
+def _one_text(
+    kind: str, path: Path, val_fraction: float, location: str, sha256: str | None = None
+) -> _Corpus:
+    """A file that is one document, cut in two by its characters."""
+
+    def pieces(coder: Tokenizer, progress: _Progress, skip: int) -> Iterator[Piece]:
+        cut = int((1 - val_fraction) * sum(map(len, documents.text_chunks(path))))
+        chunks = _Cut(documents.text_chunks(path, progress), cut)
+        for stream in ("train", "val"):
+            for part in documents.text_parts(coder, chunks, _TASK_CHARACTERS):
+                yield Piece(stream, part)
+            chunks.limit = None
+
+    sha256 = sha256 or sha256_of(path)
+    return _Corpus(
+        kind,
+        kind,
+        location,
+        pieces,
+        lambda: documents.text_chunks(path),
+        path.stat().st_size,
+        sha256,
+        key={"sha256": sha256},
+    )
+
+
+class _Cut:
+    """Chunks of text up to ``limit`` characters; iterated again, with no limit, the rest."""
+
+    def __init__(self, chunks: Iterator[str], limit: int) -> None:
+        self._chunks = chunks
+        self._rest = ""
+        self.limit: int | None = limit
+
+    def __iter__(self) -> Iterator[str]:
+        while self.limit is None or self.limit > 0:
+            chunk = self._rest or next(self._chunks, "")
+            if not chunk:
+                return
+            taken, self._rest = chunk[: self.limit], chunk[len(chunk[: self.limit]) :]
+            if self.limit is not None:
+                self.limit -= len(taken)
+            yield taken
+
+
+def _texts(
+    kind: str,
+    root: Path,
+    files: Iterable[Path],
+    location: str,
+    val_fraction: float,
+    max_bytes: int | None,
+) -> _Corpus:
     """The non-empty ``files`` in the order of their paths below ``root``, up to ``max_bytes``."""
     taken: list[Path] = []
     sizes: list[int] = []
@@ -232,105 +405,122 @@ def _folder(root: Path, files: Iterable[Path], location: str, max_bytes: int | N
     if not taken:
         limit = "" if max_bytes is None else f" within max_bytes={max_bytes}"
         raise ValueError(f"{root}: no text files with contents{limit}")
-    return _Corpus(taken, sizes, location)
+    if len(taken) == 1:
+        return _one_text(kind, taken[0], val_fraction, location)
+    splits = assign_splits(sizes, val_fraction)
+
+    def pieces(coder: Tokenizer, progress: _Progress, skip: int) -> Iterator[Piece]:
+        for path, split in zip(taken, splits, strict=True):
+            chunks = documents.text_chunks(path, progress)
+            for i, part in enumerate(documents.text_parts(coder, chunks, _TASK_CHARACTERS)):
+                yield Piece(split, part, begins_document=i == 0)
+
+    def texts() -> Iterator[str]:
+        for path in taken:
+            yield from documents.text_chunks(path)
+
+    key = {"files": _listing(root, taken, sizes)}
+    return _Corpus(kind, kind, location, pieces, texts, sum(sizes), key=key)
 
 
-def _shakespeare(input: Path | None) -> _Corpus:
-    path = input or cache_dir() / "tinyshakespeare.txt"
-    found = _sha256(path) if input or path.exists() else None
-    if input is None and found != SHAKESPEARE_SHA256:
-        try:
-            data = download(SHAKESPEARE_URL, SHAKESPEARE_SHA256)
-        except DownloadError as error:
-            raise DownloadError(
-                f"Tiny Shakespeare is not in {path} and could not be downloaded from {error}. "
-                "Fetch that address on another machine and pass the file: --input PATH"
-            ) from error
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temp.write_bytes(data)
-        temp.replace(path)
-    elif found != SHAKESPEARE_SHA256:
-        raise ValueError(
-            f"{path} is not Tiny Shakespeare: expected sha256 {SHAKESPEARE_SHA256}, got {found}. "
-            "For a text of your own use the text source"
-        )
-    return _Corpus([path], [path.stat().st_size], SHAKESPEARE_URL, SHAKESPEARE_SHA256)
+def _listing(root: Path, files: Sequence[Path], sizes: Sequence[int]) -> str:
+    """Names and sizes of files, as a hash: what a preparation that goes on compares."""
+    names = [file.relative_to(root).as_posix() for file in files]
+    return hashlib.sha256(json.dumps([names, list(sizes)]).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class _Share:
+    """The split of documents that come one by one, as `assign_splits` does it."""
+
+    def __init__(self, val_fraction: float | None) -> None:
+        self._fraction = val_fraction
+        self._total = self._val = 0
+
+    def stream(self, size: int) -> Stream:
+        if self._fraction is None:
+            return "all"
+        self._total += size
+        if 2 * (self._fraction * self._total - self._val) >= size:
+            self._val += size
+            return "val"
+        return "train"
 
 
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from error
+def _documents(
+    root: Path,
+    files: Sequence[Path],
+    text_field: str,
+    val_fraction: float | None,
+    shard_tokens: int,
+) -> _Corpus:
+    """Files of which some hold many documents."""
+    files = sorted(files, key=lambda path: path.relative_to(root).as_posix())
+    sizes = [file.stat().st_size for file in files]
+    # At four bytes a token these fill two shards, and the first one can be spared.
+    if val_fraction is None and sum(sizes) < 8 * shard_tokens:
+        val_fraction = 0.1
+
+    def pieces(coder: Tokenizer, progress: _Progress, skip: int) -> Iterator[Piece]:
+        share = _Share(val_fraction)
+        for file, size in zip(files, sizes, strict=True):
+            match documents.kind_of(file):
+                case "jsonl":
+                    for number, line in documents.json_lines(file, progress):
+                        where = f"{file}, line {number}"
+                        yield Piece(share.stream(len(line)), line, True, where)
+                case "parquet":
+                    for _, text in documents.parquet_texts(file, text_field, progress):
+                        yield Piece(share.stream(len(text)), text, True)
+                case _:
+                    stream = share.stream(size)
+                    chunks = documents.text_chunks(file, progress)
+                    for i, part in enumerate(documents.text_parts(coder, chunks, _TASK_CHARACTERS)):
+                        yield Piece(stream, part, begins_document=i == 0)
+
+    def texts() -> Iterator[str]:
+        # The char tokenizer is what is being made: any other does for cutting texts.
+        for piece in pieces(get_tokenizer("byte"), _ignore, 0):
+            yield text_of(piece, text_field)
+
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", root.resolve().name.split(".")[0]).strip("-.")
+    return _Corpus(
+        name or "data",
+        "documents",
+        str(root.resolve()),
+        pieces,
+        texts,
+        sum(sizes),
+        first_is_val=val_fraction is None,
+        key={"files": _listing(root, files, sizes)},
+    )
 
 
-def _documents(corpus: _Corpus, val_fraction: float) -> Iterator[_Piece]:
-    """Every document as a piece; read when asked for."""
-    for path, split in zip(corpus.files, assign_splits(corpus.sizes, val_fraction), strict=True):
-        if text := _read_text(path):
-            yield _Piece(split, text, begins_document=True)
+def _hub(
+    name: str,
+    repository: str,
+    config: str | None,
+    split: str,
+    text_field: str,
+    val_fraction: float | None,
+) -> _Corpus:
+    def pieces(coder: Tokenizer, progress: _Progress, skip: int) -> Iterator[Piece]:
+        share = _Share(val_fraction)
+        read = partial(documents.hub_texts, repository, config, split, text_field)
+        for text in read(skip):
+            yield Piece(share.stream(len(text)), text, begins_document=True)
 
+    def texts() -> Iterable[str]:
+        raise ValueError("the char tokenizer would read the whole data set first: use gpt2 or byte")
 
-def _encode_in_order(
-    coder: Tokenizer, pieces: Iterable[_Piece], workers: int
-) -> Generator[tuple[_Piece, Tokens]]:
-    """Yield the parts of the pieces in order, each with its tokens."""
-
-    def encode(task: list[_Piece]) -> list[tuple[_Piece, Tokens]]:
-        return [(piece, _encode(coder, piece)) for piece in task]
-
-    for encoded in _map_in_order(encode, _tasks(coder, pieces), workers):
-        yield from encoded
-
-
-def _encode(coder: Tokenizer, piece: _Piece) -> Tokens:
-    ids = coder.encode(piece.text)
-    if piece.begins_document and coder.eot_token is not None:
-        ids = np.concatenate([np.array([coder.eot_token], dtype=np.uint16), ids])
-    return ids
-
-
-def _tasks(coder: Tokenizer, pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Cut long pieces and gather short ones into tasks of similar size."""
-    task: list[_Piece] = []
-    held = 0
-    for piece in pieces:
-        for i, text in enumerate(coder.split(piece.text, _TASK_CHARACTERS)):
-            task.append(_Piece(piece.split, text, piece.begins_document and i == 0))
-            held += len(text)
-            if held >= _TASK_CHARACTERS:
-                yield task
-                task, held = [], 0
-    if task:
-        yield task
-
-
-def _map_in_order(
-    function: Callable[[_In], _Out], items: Iterable[_In], workers: int
-) -> Iterator[_Out]:
-    """``map`` on threads, reading at most ``2 * workers`` items ahead."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    running: deque[Future[_Out]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                running.append(pool.submit(function, item))
-                if len(running) == 2 * workers:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:  # an error or Ctrl-C: what has not begun never does
-            for future in running:
-                future.cancel()
+    where = f"{repository}{f', {config}' if config else ''}, {split}"
+    return _Corpus(
+        name.split("/")[-1],
+        "huggingface",
+        f"https://huggingface.co/datasets/{where}",
+        pieces,
+        texts,
+        first_is_val=val_fraction is None,
+    )
 
 
 def _cpus() -> int:

@@ -10,6 +10,7 @@ import codecs
 import functools
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import tempfile
@@ -34,6 +35,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerUnavailable",
     "get_tokenizer",
+    "huggingface_vocabulary",
     "tokenizer_from_json",
 ]
 
@@ -366,17 +368,59 @@ def _ranks_of_tiktoken_file(data: bytes) -> dict[bytes, int]:
 def _ranks_of_merges(data: bytes) -> dict[bytes, int]:
     """OpenAI's vocab.bpe: after a version line, a merge of two tokens a line, in id order.
 
-    Bytes are written as printable characters: printable latin-1 characters stand for themselves,
-    the other bytes, in order, for U+0100 and up. The ids of the 256 bytes have that same order.
+    The ids of the 256 bytes have the order of `_byte_characters`.
     """
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    hidden = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-    ranks = {bytes([b]): rank for rank, b in enumerate(printable + hidden)}
+    byte_of = {character: byte for byte, character in _byte_characters().items()}
+    ranks = {bytes([b]): rank for rank, b in enumerate(byte_of.values())}
     for line in data.decode("utf-8").splitlines()[1:]:
         ranks[bytes(byte_of[c] for c in line if c != " ")] = len(ranks)
     return ranks
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character for each byte in vocab.bpe and Hugging Face's vocab.json.
+
+    Printable latin-1 characters stand for themselves, U+0100 and up for the other bytes, in order.
+    """
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    hidden = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+def huggingface_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """GPT-2's vocabulary as vocab.json has it, and the merges in the order of merges.txt.
+
+    A token longer than a byte is made by one merge, the last one when its bytes are put together by
+    the merges before it: so the tokens in their order tell the merges.
+
+    Raises TokenizerUnavailable.
+    """
+    tokens = Gpt2Tokenizer().token_bytes
+    ranks = {token: rank for rank, token in enumerate(tokens[:-1])}
+    character = _byte_characters()
+
+    def written(token: bytes) -> str:
+        return "".join(character[byte] for byte in token)
+
+    merges = []
+    for rank, token in enumerate(tokens[:-1]):
+        if len(token) > 1:
+            left, right = _merged(token, ranks, rank)
+            merges.append((written(left), written(right)))
+    vocabulary = {written(token): rank for token, rank in ranks.items()}
+    return {**vocabulary, EOT_TEXT: len(ranks)}, merges
+
+
+def _merged(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
+    """The parts of ``token`` after all merges into tokens of a rank lower than ``below``."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while True:
+        pairs = [ranks.get(a + b, below) for a, b in itertools.pairwise(parts)]
+        best = min(pairs, default=below)
+        if best >= below:
+            return parts
+        at = pairs.index(best)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
 def get_tokenizer(name: str, text: str | Iterable[str] | None = None) -> Tokenizer:

@@ -46,6 +46,7 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "load_tokenizer",
+    "open_model",
     "save_checkpoint",
 ]
 
@@ -255,6 +256,30 @@ def find_model(path: Path | None, damaged: list[str] | None = None) -> Path:
     return (
         path if plain and not _NAME.fullmatch(path.name) else find_checkpoint(path, damaged).folder
     )
+
+
+def open_model(
+    name: str | Path | None, damaged: list[str] | None = None, *, dropout: float = 0.0
+) -> tuple[GPT, Path]:
+    """A model in evaluation mode, and the folder or file that it is from.
+
+    Args:
+        name: what `find_model` takes, an llm.c file, or a name that `GPT.from_pretrained` fetches.
+        damaged: gets what is wrong with checkpoints that were passed over.
+        dropout: the model's in training.
+
+    Raises:
+        OSError, ValueError, RuntimeError: there is no such model, or it is damaged.
+    """
+    from gpt2fast import huggingface
+    from gpt2fast.model import GPT
+
+    path = None if name is None else Path(name)
+    if name is not None and huggingface.hub_name(name):
+        path = huggingface.locate(name)
+    elif path is None or not path.is_file():
+        path = find_model(path, damaged)
+    return GPT.from_pretrained(path, dropout=dropout), path
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:

@@ -253,7 +253,7 @@ def test_output_is_protected_before_any_work(
 def test_interrupt_stops_the_workers(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(DatasetWriter, "write", interrupt)

@@ -1,0 +1,352 @@
+"""HellaSwag: which of four endings goes on from a context (Zellers et al. 2019, arXiv:1905.07830).
+
+The context is encoded by itself, each ending with a space before it, and the loss of an ending is
+that of its own tokens only. `acc` takes the ending with the smallest sum, `acc_norm` with the
+smallest mean. That is how build-nanogpt and the published numbers of GPT-2 do it (124M: 0.2859 and
+0.2955).
+
+Scoring them one by one would run the model over a context four times and over every position of the
+vocabulary. Here examples are sorted by the length of their context, and a batch runs in two calls:
+the part of the contexts that all rows of the batch have is computed once for each example, with the
+keys and values kept; then the rest of each context with each ending goes on from there, padded on
+the right. Under a causal mask no token sees the padding behind it. The head is applied to the
+positions that predict an ending's token, and to no other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gpt2fast import functional
+from gpt2fast.data.download import fetch
+from gpt2fast.data.tokenizers import Tokenizer
+from gpt2fast.model import GPT, KVCache
+
+__all__ = [
+    "Example",
+    "HellaSwagResult",
+    "Scores",
+    "download_examples",
+    "evaluate_hellaswag",
+    "read_examples",
+    "score_examples",
+]
+
+HellaSwagSplit = Literal["val", "train"]
+
+URL: Final = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
+#: Of rowanz/hellaswag at a29ff8e; of the training split none is known to us.
+SHA256: Final[dict[str, str | None]] = {
+    "val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+    "train": None,
+}
+
+#: Padded positions in one call of the model: enough to keep two cores busy, or a GPU.
+BATCH_TOKENS: Final = {"cpu": 4096, "cuda": 65536}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context, its possible endings and the index of the right one."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The losses of all endings, by example: sums in nats and the number of tokens, each (n, E).
+
+    `truncated` counts the examples that were cut to fit the model's block_size.
+    """
+
+    losses: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+    truncated: int
+
+    @property
+    def means(self) -> npt.NDArray[np.float64]:
+        """Loss a token, (n, E)."""
+        return self.losses / self.tokens
+
+
+@dataclass(frozen=True)
+class HellaSwagResult:
+    """Accuracies and their standard errors, as shares of `examples`."""
+
+    examples: int
+    acc: float
+    acc_norm: float
+    acc_stderr: float
+    acc_norm_stderr: float
+    truncated: int
+
+
+def download_examples(split: HellaSwagSplit = "val") -> Path:
+    """The file of a split, from the cache or downloaded into it.
+
+    Raises:
+        DownloadError: it is in no cache and could not be fetched; the message says what to do.
+    """
+    return fetch(
+        URL.format(split),
+        f"hellaswag_{split}.jsonl",
+        SHA256[split],
+        what=f"HellaSwag's {split} split",
+        by_hand="--data PATH",
+    )
+
+
+def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
+    """The examples of a JSONL file: objects with ctx, endings and label, one a line.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is something else (named by its number), or there is none.
+    """
+    examples: list[Example] = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if limit is not None and len(examples) == limit:
+                break
+            if line.strip():
+                try:
+                    examples.append(_example(json.loads(line)))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+    if not examples:
+        raise ValueError(f"{path}: no examples")
+    return examples
+
+
+def _example(value: Any) -> Example:
+    match value:
+        case {"ctx": str(context), "endings": [_, _, *_] as endings, "label": int(label)}:
+            pass
+        case {"ctx": str(), "endings": list()} if "label" not in value:
+            raise ValueError("no label: HellaSwag's test split cannot be scored, use val")
+        case _:
+            raise ValueError("not an example: ctx, a list of endings and label are wanted")
+    if not all(isinstance(ending, str) for ending in endings):
+        raise ValueError("endings must be strings")
+    if not 0 <= label < len(endings):
+        raise ValueError(f"label {label} is none of {len(endings)} endings")
+    if not context:
+        raise ValueError("ctx is empty")
+    return Example(context, tuple(endings), label)
+
+
+def evaluate_hellaswag(
+    model: GPT,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> HellaSwagResult:
+    """Accuracies on `examples`; see `score_examples` for the arguments."""
+    scores = score_examples(
+        model, tokenizer, examples, batch_tokens=batch_tokens, dtype=dtype, progress=progress
+    )
+    labels = np.array([example.label for example in examples])
+    acc = float(np.mean(scores.losses.argmin(1) == labels))
+    acc_norm = float(np.mean(scores.means.argmin(1) == labels))
+
+    def error(share: float) -> float:
+        return float(np.sqrt(share * (1 - share) / max(1, len(examples) - 1)))
+
+    return HellaSwagResult(
+        len(examples), acc, acc_norm, error(acc), error(acc_norm), scores.truncated
+    )
+
+
+def score_examples(
+    model: GPT,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Scores:
+    """The loss of every ending of every example.
+
+    What is longer than block_size is cut: the context from its beginning, so that the longest
+    ending fits, to at least its last token; then endings at their end.
+
+    Args:
+        model: on its device; runs in evaluation mode.
+        tokenizer: the model's.
+        examples: all with the same number of endings.
+        batch_tokens: padded positions in a call of the model; by default 4096 on a CPU.
+        dtype: bfloat16 or float16 runs under autocast.
+        progress: show a progress bar if stderr is a terminal.
+
+    Raises:
+        ValueError: no examples, different numbers of endings, batch_tokens below 1, or the
+            tokenizer's vocabulary is not the model's.
+    """
+    device = next(model.parameters()).device
+    if batch_tokens is None:
+        batch_tokens = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
+    if len({len(example.endings) for example in examples}) != 1:
+        raise ValueError("examples with one number of endings are wanted, and at least one example")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model "
+            f"vocab_size={model.config.vocab_size}"
+        )
+    encoded = [_encode(tokenizer, example, model.config.block_size) for example in examples]
+    losses = np.zeros((len(examples), len(examples[0].endings)))
+    tokens = np.array([[len(ending) for ending in item.endings] for item in encoded])
+    was_training = model.training
+    model.eval()
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None),
+            tqdm(total=len(examples), unit=" examples", disable=None if progress else True) as bar,
+        ):
+            for batch in _batches(encoded, batch_tokens):
+                losses[batch] = _score(model, [encoded[i] for i in batch], device)
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
+    return Scores(losses, tokens, sum(item.truncated for item in encoded))
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    context: npt.NDArray[np.uint16]
+    endings: list[npt.NDArray[np.uint16]]
+    truncated: bool
+
+    @property
+    def longest(self) -> int:
+        """Positions of the model that the longest ending needs; the last token is no input."""
+        return len(self.context) + max(len(ending) for ending in self.endings) - 1
+
+
+def _encode(tokenizer: Tokenizer, example: Example, block_size: int) -> _Encoded:
+    context = tokenizer.encode(example.context)
+    endings = [tokenizer.encode(" " + ending) for ending in example.endings]
+    over = len(context) + max(map(len, endings)) - 1 - block_size
+    if over <= 0:
+        return _Encoded(context, endings, False)
+    kept = context[min(over, len(context) - 1) :]
+    room = block_size + 1 - len(kept)
+    return _Encoded(kept, [ending[:room] for ending in endings], True)
+
+
+def _batches(encoded: Sequence[_Encoded], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of examples that run together, the longest contexts first.
+
+    An example joins while that costs little more than running it by itself: its neighbours' longer
+    endings are padding for it, and its shorter context shortens what is shared. Below
+    `_FULL_MATRICES` positions more rows make the matrix products faster than padding costs.
+    """
+
+    def place(index: int) -> tuple[int, int]:
+        item = encoded[index]
+        return len(item.context) // 4, item.longest - len(item.context)
+
+    batch: list[int] = []
+    for index in sorted(range(len(encoded)), key=place, reverse=True):
+        both, before = _positions(encoded, [*batch, index]), _positions(encoded, batch)
+        worth = before < _FULL_MATRICES or both - before <= 1.1 * _positions(encoded, [index])
+        if batch and (both > batch_tokens or not worth):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+#: Rows from which matrix products are no longer faster by more of them.
+_FULL_MATRICES: Final = 256
+
+
+def _positions(encoded: Sequence[_Encoded], batch: Sequence[int]) -> int:
+    """What the model is run over for a batch: shared prefixes, and padded continuations."""
+    if not batch:
+        return 0
+    shared = min(len(encoded[i].context) for i in batch) - 1
+    width = max(encoded[i].longest for i in batch) - shared
+    return len(batch) * (shared + width * len(encoded[batch[0]].endings))
+
+
+class _SharedPrefix(KVCache):
+    """Keys and values of prefixes (B, P) for continuations (B * E, ...), E of each prefix.
+
+    Only the prefixes' are kept: a continuation is one call, and needs its own within it only.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.copies = 0  # 0 while the prefix itself is run
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def appender(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        def append(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            if not self.copies:
+                self._layers.append((key, value))
+                return key, value
+            prefixes = (part.repeat_interleave(self.copies, 0) for part in self._layers[layer])
+            key, value = (
+                torch.cat([prefix, part], 1)
+                for prefix, part in zip(prefixes, (key, value), strict=True)
+            )
+            return key, value
+
+        return append
+
+
+def _score(model: GPT, batch: Sequence[_Encoded], device: torch.device) -> npt.NDArray[np.float64]:
+    """Summed losses (B, E) of a batch."""
+    count = len(batch[0].endings)
+    shared = min(len(item.context) for item in batch) - 1
+    width = max(item.longest for item in batch) - shared
+    idx = np.zeros((len(batch) * count, width), dtype=np.int64)
+    rows, columns, targets = [], [], []
+    for row, (item, ending) in enumerate((b, e) for b in batch for e in b.endings):
+        rest = np.concatenate([item.context[shared:], ending])
+        idx[row, : len(rest) - 1] = rest[:-1]
+        first = len(item.context) - shared - 1
+        rows.append(np.full(len(ending), row))
+        columns.append(np.arange(first, first + len(ending)))
+        targets.append(ending.astype(np.int64))
+    cache = None
+    if shared:
+        cache = _SharedPrefix(model.config.block_size)
+        prefix = np.stack([item.context[:shared] for item in batch]).astype(np.int64)
+        model.hidden(torch.from_numpy(prefix).to(device), cache)
+        cache.copies = count
+    hidden = model.hidden(torch.from_numpy(idx).to(device), cache)
+    at_row, at_column, target = (
+        torch.from_numpy(np.concatenate(part)).to(device) for part in (rows, columns, targets)
+    )
+    losses = functional.linear_cross_entropy(
+        hidden[at_row, at_column],
+        model.transformer.wte.weight,
+        target,
+        reduction="none",
+        vocab_size=model.config.vocab_size,
+    )
+    sums = np.zeros(len(idx))
+    np.add.at(sums, np.concatenate(rows), losses.double().cpu().numpy())
+    return sums.reshape(len(batch), count)

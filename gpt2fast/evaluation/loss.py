@@ -1,0 +1,83 @@
+"""The loss of a model on prepared tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from gpt2fast.data.loader import TokenDataset, sequential_batches
+from gpt2fast.model import GPT
+
+__all__ = ["LossResult", "evaluate_loss"]
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Mean loss in nats a token, its exponential, and the number of tokens that were predicted."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+def evaluate_loss(
+    model: GPT,
+    dataset: TokenDataset,
+    *,
+    batch_size: int = 8,
+    block_size: int | None = None,
+    max_batches: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> LossResult:
+    """The mean loss over windows of `block_size` tokens, in order, each token a target once.
+
+    Args:
+        model: on its device; runs in evaluation mode.
+        dataset: tokens of the model's vocabulary.
+        batch_size: windows in a call of the model.
+        block_size: tokens a window; by default the model's.
+        max_batches: stop after so many (default: all).
+        dtype: bfloat16 or float16 runs under autocast.
+        progress: show a progress bar if stderr is a terminal.
+
+    Raises:
+        ValueError: sizes below 1, no shard with a whole window, a block_size above the model's, or
+            the data's vocabulary is not the model's.
+    """
+    limit = model.config.block_size
+    block_size = limit if block_size is None else block_size
+    if block_size > limit:
+        raise ValueError(f"block_size={block_size} is more than the model's {limit} positions")
+    if (has := dataset.tokenizer.vocab_size) != model.config.vocab_size:
+        raise ValueError(
+            f"{dataset.folder} has the {dataset.tokenizer.name} vocabulary of {has}, the model "
+            f"vocab_size={model.config.vocab_size}"
+        )
+    batches = sequential_batches(dataset, batch_size, block_size, max_batches)
+    windows = sum((shard.size - 1) // block_size for shard in dataset.shards)
+    total = -(-windows // batch_size)
+    total = total if max_batches is None else min(total, max_batches)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    summed, tokens = 0.0, 0
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None),
+            tqdm(batches, total=total, unit=" batches", disable=None if progress else True) as bar,
+        ):
+            for x, y in bar:
+                _, loss = model(x.to(device), y.to(device))
+                summed += float(loss) * y.numel()
+                tokens += y.numel()
+                if not bar.disable:
+                    bar.set_postfix_str(f"loss {summed / tokens:.4f}", refresh=False)
+    finally:
+        model.train(was_training)
+    mean = summed / tokens
+    return LossResult(mean, math.exp(min(mean, 700.0)), tokens)
