@@ -50,3 +50,33 @@ for _size, _width in WIDTHS.items():
         case(f"layer_norm {_size} {str(_dtype).removeprefix('torch.')}")(
             lambda width=_width, dtype=_dtype: _layer_norm(width, dtype)
         )
+
+
+def _cross_entropy(dtype: torch.dtype, stride: int, features: float) -> None:
+    backend = load("cross_entropy", "triton")
+    logits = empty(ROWS, stride, dtype=dtype)[:, :50257]
+    targets, statistics = empty(ROWS, dtype=torch.int64), empty(ROWS, 2, dtype=FP32)
+    losses, count = empty(ROWS, dtype=FP32), empty(dtype=FP32)
+    options = (-100, features, features)
+    backend.forward(logits, targets, *options, "mean", 50257)
+    backend.backward(count, logits, targets, statistics, logits, *options, "mean", 50257)
+    fused = (logits, targets, losses, losses, statistics, count, *options, 50257, True)
+    backend.forward_rows(*fused)
+    if stride > 50257:  # the padded vocabulary, whose last columns are no classes
+        padded = empty(ROWS, stride, dtype=dtype)
+        backend.forward(padded, targets, *options, "mean", 50257)
+        backend.backward(count, padded, targets, statistics, padded, *options, "mean", 50257)
+        backend.forward_rows(padded, *fused[1:])
+
+
+for _dtype in (BF16, FP32):
+    for _stride in (50304, 50257):
+        for _features in (0.0, 0.1):
+            case(
+                f"cross_entropy {_stride} {str(_dtype).removeprefix('torch.')}"
+                + (" smoothing+z" if _features else "")
+            )(
+                lambda dtype=_dtype, stride=_stride, features=_features: _cross_entropy(
+                    dtype, stride, features
+                )
+            )
