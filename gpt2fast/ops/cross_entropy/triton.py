@@ -13,12 +13,12 @@ moves     forward 1 read of the logits, backward 1 read and 1 write. Both at onc
           of memory, and a second read while the row is in a cache; therefore few programs with many
           threads, so that the rows under way together fit the L2 cache. (A whole GPT-2 row in
           registers spills.)
-work      a program has a row. It reads tiles of UNROLL x LANES x VEC columns, VEC making 16 bytes: a
-          thread gets UNROLL such pieces, asked for all at once. Maximum and sum are kept per lane,
-          which is per thread, and meet at the row's end: one exponential per logit, no barrier in
-          the loop. Where rows do not start on 16 bytes (an odd vocabulary), the up to VEC - 1 first
-          columns are a masked piece of their own and the tiles begin on the boundary after them.
-          Only what is left beyond the full tiles is masked.
+work      a program has a row, or some short ones. It reads tiles of UNROLL x LANES x VEC columns, VEC
+          making 16 bytes: a thread gets UNROLL such pieces, asked for all at once. Maximum and sum
+          are kept per lane, which is per thread, and meet at the row's end: one exponential per
+          logit, no barrier in the loop. Where rows do not start on 16 bytes (an odd vocabulary), the
+          up to VEC - 1 first columns are a masked piece of their own and the tiles begin on the
+          boundary after them. Only what is left beyond the full tiles has a mask of columns.
 saves     m and s per row. Not lse: at logits of 1e4 its rounding would be the relative error of p.
 
 Nothing waits for the GPU: the number of rows that count is a scalar on the device. A target that is
@@ -35,23 +35,29 @@ from torch import Tensor
 
 from gpt2fast.ops.triton_common import INTERPRETED, launch, tuned
 
-LOWEST = -3.4028234663852886e38  # fp32's; the maximum of nothing, which unlike -inf can be subtracted
+LOWEST = (
+    -3.4028234663852886e38
+)  # fp32's; the maximum of nothing, which unlike -inf can be subtracted
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     warps: int
-    unroll: int  # 16-byte pieces that a thread asks for at once
+    unroll: int  # 16-byte pieces of a row that a thread asks for at once
+    rows: int = 1
 
 
-def rule(columns: int, itemsize: int, reread: bool) -> Config:
+def rule(columns: int, itemsize: int, reread: bool, smoothing: bool) -> Config:
     """Four pieces a thread, and as many warps as still have some full tiles in a row: up to 8, or
     more where rows are read twice, so that the rows under way (98 KB in bf16 at GPT-2's vocabulary)
-    are few: two on a multiprocessor, or one in fp32."""
-    most = 4 if INTERPRETED else 8 * itemsize if reread else 8
-    wanted = columns * itemsize // (4 * 512)
-    warps = min(most, 1 << max(0, wanted.bit_length() - 1))
-    return Config(warps, 4)
+    are few: some two on a multiprocessor. There smoothing would spill with four pieces."""
+    if INTERPRETED:
+        return Config(4, 2, 32)
+    pieces = columns * itemsize // 512  # of 16 bytes for each lane of a warp
+    most = 8 * itemsize if reread else 8
+    warps = min(most, 1 << max(0, (pieces // 4).bit_length() - 1))
+    unroll = 1 if pieces < 4 else 2 if reread and smoothing else 4
+    return Config(warps, unroll, max(1, 8 // (warps * unroll)))
 
 
 def candidates() -> list[Config]:
@@ -63,7 +69,19 @@ def candidates() -> list[Config]:
 def _tile(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
     """Columns of a tile: consecutive lanes have consecutive pieces of VEC."""
     piece = tl.arange(0, UNROLL)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    return piece * VEC + tl.arange(0, VEC)[None, None, :]
+    return (piece * VEC + tl.arange(0, VEC)[None, None, :])[None, :, :, :]
+
+
+@triton.jit
+def _rows(v):
+    """Values of rows beside a tile."""
+    return v[:, None, None, None]
+
+
+@triton.jit
+def _over(v):
+    """The sum of a tile over what a lane has."""
+    return tl.sum(tl.sum(v, 3), 1)
 
 
 @triton.jit
@@ -72,25 +90,31 @@ def _absorb(x, most, total):
 
     tl.max passes a NaN by; it comes back through the exponential.
     """
-    grown = tl.maximum(most, tl.max(tl.max(x, 2), 0))
-    total *= tl.exp(most - grown)
-    total += tl.sum(tl.sum(tl.exp(x - grown[None, :, None]), 2), 0)
-    return grown, total
+    grown = tl.maximum(most, tl.max(tl.max(x, 3), 1))
+    return grown, total * tl.exp(most - grown) + _over(tl.exp(x - grown[:, None, :, None]))
 
 
 @triton.jit
-def _bounds(offset, stride, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def _bounds(offset, VEC: tl.constexpr, ALIGNED: tl.constexpr):
     """The first offset of a row that is a multiple of VEC, and how many columns lie before it."""
     if ALIGNED:
-        return offset, 0
-    start = (offset + VEC - 1) // VEC * VEC
+        return offset, (offset * 0).to(tl.int32)
+    start = (offset + (VEC - 1)) // VEC * VEC
     return start, (start - offset).to(tl.int32)
 
 
 @triton.jit
-def _write_row(
-    logits,  # at the row's first aligned column
+def _full_tiles(classes, BLOCK: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """How many tiles need no mask in any row, whatever the columns before its boundary."""
+    return classes // BLOCK if ALIGNED else tl.maximum(classes - (VEC - 1), 0) // BLOCK
+
+
+@triton.jit
+def _write_rows(
+    logits,  # at each row's first aligned column
     out,  # at the same column
+    there,
+    valid,
     head,
     columns,
     classes,
@@ -103,143 +127,38 @@ def _write_row(
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """exp(z - most) * scale - rest in the classes, of which there may be none; 0 after them."""
+    """exp(z - most) * scale - rest in the classes, 0 after them. Only `valid` rows are read; the
+    others have numbers that make this 0."""
     kind = out.dtype.element_ty
+    there, valid, head = _rows(there), _rows(valid), _rows(head)
+    most, scale, rest = _rows(most), _rows(scale), _rows(rest)
     tile = _tile(UNROLL, LANES, VEC)
     small = _tile(1, LANES, VEC)
-    classes -= head
-    columns -= head
-    readable -= head
     if not ALIGNED:
         before = small - head
-        real = (before < 0) & (before < classes)
-        first = tl.load(logits + before, mask=real, other=0.0).to(tl.float32)
+        real = before + head < tl.minimum(head, classes)
+        first = tl.load(logits + before, mask=real & valid, other=0.0).to(tl.float32)
         first = tl.where(real, tl.exp(first - most) * scale - rest, 0.0)
-        tl.store(out + before, first.to(kind), mask=(before < 0) & (before < columns))
-    full = tl.maximum(classes, 0) // (UNROLL * LANES * VEC)
-    for i in range(0, full):
+        mask = (before + head < tl.minimum(head, columns)) & there
+        tl.store(out + before, first.to(kind), mask=mask)
+    full = _full_tiles(classes, UNROLL * LANES * VEC, VEC, ALIGNED)
+    for i in range(full):
         c = i * (UNROLL * LANES * VEC) + tile
-        x = tl.load(logits + c, eviction_policy="evict_first")
+        x = tl.load(logits + c, mask=valid, other=0.0, eviction_policy="evict_first")
         g = tl.exp(x.to(tl.float32) - most) * scale - rest
-        tl.store(out + c, g.to(kind))
+        tl.store(out + c, g.to(kind), mask=there)
     for start in range(full * (UNROLL * LANES * VEC), columns, LANES * VEC):
         c = start + small
-        x = tl.load(logits + c, mask=c < readable, other=0.0, eviction_policy="evict_first")
+        mask = (c < readable - head) & valid
+        x = tl.load(logits + c, mask=mask, other=0.0, eviction_policy="evict_first")
         g = tl.exp(x.to(tl.float32) - most) * scale - rest
-        tl.store(out + c, tl.where(c < classes, g, 0.0).to(kind), mask=c < columns)
-
-
-@triton.jit
-def _forward_kernel(
-    logits,
-    targets,
-    losses,
-    logprobs,
-    statistics,
-    count,
-    stride,
-    columns,
-    classes,
-    readable,
-    ignore_index,
-    smoothing,
-    z_loss,
-    UNROLL: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    GRADIENT: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
-    valid = target != ignore_index
-    inside = (target >= 0) & (target < classes) & valid
-    offset = row * stride
-    start, head = _bounds(offset, stride, VEC, ALIGNED)
-    at_target = tl.load(logits + offset + target, mask=inside, other=float("nan")).to(tl.float32)
-    # The mean is taken of z - z_t, so that large logits cancel before they are summed.
-    shift = tl.where(tl.abs(at_target) < float("inf"), at_target, 0.0)
-    some = tl.where(valid, classes, 0)  # of an ignored row nothing is read
-    end = tl.where(valid, readable, 0)
-
-    tile = _tile(UNROLL, LANES, VEC)
-    small = _tile(1, LANES, VEC)
-    z = logits + start
-    most = tl.full((LANES,), -3.4028234663852886e38, tl.float32)
-    total = tl.zeros((LANES,), tl.float32)
-    plain = tl.zeros((LANES,), tl.float32)
-    if not ALIGNED:
-        before = small - head
-        real = (before < 0) & (before < some - head)
-        first = tl.load(z + before, mask=real, other=-float("inf")).to(tl.float32)
-        most, total = _absorb(first, most, total)
-        if SMOOTHING:
-            plain += tl.sum(tl.sum(tl.where(real, first - shift, 0.0), 2), 0)
-    full = tl.maximum(some - head, 0) // (UNROLL * LANES * VEC)
-    for i in range(0, full):
-        place = z + (i * (UNROLL * LANES * VEC) + tile)
-        if GRADIENT:  # they are read again
-            x = tl.load(place, eviction_policy="evict_last").to(tl.float32)
-        else:
-            x = tl.load(place, eviction_policy="evict_first").to(tl.float32)
-        most, total = _absorb(x, most, total)
-        if SMOOTHING:
-            plain += tl.sum(tl.sum(x - shift, 2), 0)
-    for begin in range(full * (UNROLL * LANES * VEC), some - head, LANES * VEC):
-        c = begin + small
-        x = tl.load(z + c, mask=c < end - head, other=-float("inf")).to(tl.float32)
-        x = tl.where(c < some - head, x, -float("inf"))
-        most, total = _absorb(x, most, total)
-        if SMOOTHING:
-            plain += tl.sum(tl.sum(tl.where(c < some - head, x - shift, 0.0), 2), 0)
-
-    highest = tl.max(most, 0)
-    total = tl.sum(total * tl.exp(most - highest), 0)
-    log_total = tl.log(total)
-    logprob = (at_target - highest) - log_total
-    loss = -logprob
-    if SMOOTHING:
-        mean = tl.sum(plain, 0) / classes
-        loss = (1 - smoothing) * loss + smoothing * ((highest - shift) + log_total - mean)
-    lse = highest + log_total
-    if Z_LOSS:
-        # An impossible target's loss is inf or NaN by itself.
-        loss += z_loss * lse * lse
-    tl.store(losses + row, tl.where(valid, loss, 0.0))
-    if logprobs is not None:
-        tl.store(logprobs + row, tl.where(valid, logprob, 0.0))
-    highest = tl.where(valid, highest, 0.0)
-    total = tl.where(valid, total, 1.0)
-    tl.store(statistics + 2 * row, highest)
-    tl.store(statistics + 2 * row + 1, total)
-    if GRADIENT:
-        u = tl.where(inside, 1.0, tl.where(valid, float("nan"), 0.0))
-        if count is not None:
-            u = tl.where(valid, u / tl.load(count), 0.0)
-        scale, rest, hit = _factors(u, at_target, highest, total, classes, smoothing, z_loss, Z_LOSS)
-        _write_row(
-            z,
-            z,
-            head,
-            columns,
-            some,
-            end,
-            highest,
-            scale,
-            rest,
-            UNROLL,
-            LANES,
-            VEC,
-            ALIGNED,
-        )
-        _write_target(logits + offset + target, hit, inside)
+        g = tl.where(c < classes - head, g, 0.0)
+        tl.store(out + c, g.to(kind), mask=(c < columns - head) & there)
 
 
 @triton.jit
 def _factors(u, at_target, highest, total, classes, smoothing, z_loss, Z_LOSS: tl.constexpr):
-    """For the upstream gradient u: what `_write_row` needs, and the target's gradient."""
+    """For the upstream gradient u: what `_write_rows` needs, and the target's gradient."""
     share = smoothing / classes
     top = tl.exp(at_target - highest)
     # p - 1 is formed before it is rounded.
@@ -253,10 +172,117 @@ def _factors(u, at_target, highest, total, classes, smoothing, z_loss, Z_LOSS: t
 
 
 @triton.jit
-def _write_target(place, gradient, mask):
-    """One element of a row that other threads have written."""
-    tl.debug_barrier()
-    tl.store(place, gradient.to(place.dtype.element_ty), mask=mask)
+def _forward_kernel(
+    logits,
+    targets,
+    losses,
+    logprobs,
+    statistics,
+    count,
+    rows,
+    stride,
+    columns,
+    classes,
+    readable,
+    ignore_index,
+    smoothing,
+    z_loss,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    target = tl.load(targets + row, mask=there, other=ignore_index)
+    valid = there & (target != ignore_index)
+    inside = (target >= 0) & (target < classes) & valid
+    offset = row * stride
+    start, head = _bounds(offset, VEC, ALIGNED)
+    at_target = tl.load(logits + offset + target, mask=inside, other=float("nan")).to(tl.float32)
+    # The mean is taken of z - z_t, so that large logits cancel before they are summed.
+    shift = tl.where(tl.abs(at_target) < float("inf"), at_target, 0.0)
+
+    tile = _tile(UNROLL, LANES, VEC)
+    small = _tile(1, LANES, VEC)
+    z = logits + _rows(start)
+    # The maximum of nothing is fp32's lowest number, which unlike -inf can be subtracted.
+    most = tl.full((ROWS, LANES), -3.4028234663852886e38, tl.float32)
+    total = tl.zeros((ROWS, LANES), tl.float32)
+    plain = tl.zeros((ROWS, LANES), tl.float32)
+    if not ALIGNED:
+        real = (small < _rows(tl.minimum(head, classes))) & _rows(valid)
+        first = tl.load(z + (small - _rows(head)), mask=real, other=-float("inf")).to(tl.float32)
+        most, total = _absorb(first, most, total)
+        if SMOOTHING:
+            plain += _over(tl.where(real, first - _rows(shift), 0.0))
+    full = _full_tiles(classes, UNROLL * LANES * VEC, VEC, ALIGNED)
+    for i in range(full):
+        # Those that are read again should stay in the cache.
+        policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
+        place = z + (i * (UNROLL * LANES * VEC) + tile)
+        x = tl.load(place, mask=_rows(valid), other=0.0, eviction_policy=policy).to(tl.float32)
+        most, total = _absorb(x, most, total)
+        if SMOOTHING:
+            plain += _over(x - _rows(shift))
+    for begin in range(full * (UNROLL * LANES * VEC), classes, LANES * VEC):
+        c = begin + small
+        mask = (c < readable - _rows(head)) & _rows(valid)
+        x = tl.load(z + c, mask=mask, other=-float("inf")).to(tl.float32)
+        real = c < classes - _rows(head)
+        most, total = _absorb(tl.where(real, x, -float("inf")), most, total)
+        if SMOOTHING:
+            plain += _over(tl.where(real, x - _rows(shift), 0.0))
+
+    highest = tl.max(most, 1)
+    total = tl.sum(total * tl.exp(most - highest[:, None]), 1)
+    highest = tl.where(valid, highest, 0.0)
+    total = tl.where(valid, total, 1.0)
+    log_total = tl.log(total)
+    logprob = (at_target - highest) - log_total
+    loss = -logprob
+    if SMOOTHING:
+        mean = tl.sum(plain, 1) / classes
+        loss = (1 - smoothing) * loss + smoothing * ((highest - shift) + log_total - mean)
+    if Z_LOSS:
+        lse = highest + log_total
+        loss += z_loss * lse * lse
+    tl.store(losses + row, tl.where(valid, loss, 0.0), mask=there)
+    if logprobs is not None:
+        tl.store(logprobs + row, tl.where(valid, logprob, 0.0), mask=there)
+    tl.store(statistics + 2 * row, highest, mask=there)
+    tl.store(statistics + 2 * row + 1, total, mask=there)
+    if GRADIENT:
+        u = tl.where(inside, 1.0, float("nan"))
+        if count is not None:
+            u /= tl.load(count)
+        u = tl.where(valid, u, 0.0)
+        scale, rest, hit = _factors(
+            u, at_target, highest, total, classes, smoothing, z_loss, Z_LOSS
+        )
+        _write_rows(
+            z,
+            z,
+            there,
+            valid,
+            head,
+            columns,
+            classes,
+            readable,
+            highest,
+            scale,
+            rest,
+            UNROLL,
+            LANES,
+            VEC,
+            ALIGNED,
+        )
+        tl.debug_barrier()  # other threads have written there
+        tl.store(logits + offset + target, hit.to(logits.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -267,6 +293,7 @@ def _backward_kernel(
     statistics,
     count,
     dlogits,
+    rows,
     dloss_stride,
     stride,
     dlogits_stride,
@@ -276,6 +303,7 @@ def _backward_kernel(
     ignore_index,
     smoothing,
     z_loss,
+    ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -283,31 +311,32 @@ def _backward_kernel(
     SAME_STRIDE: tl.constexpr,
     Z_LOSS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
-    valid = target != ignore_index
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    target = tl.load(targets + row, mask=there, other=ignore_index)
+    valid = there & (target != ignore_index)
     inside = (target >= 0) & (target < classes) & valid
-    highest = tl.load(statistics + 2 * row)
-    total = tl.load(statistics + 2 * row + 1)
-    u = tl.load(dloss + row * dloss_stride).to(tl.float32)
+    highest = tl.load(statistics + 2 * row, mask=there, other=0.0)
+    total = tl.load(statistics + 2 * row + 1, mask=there, other=1.0)
+    u = tl.load(dloss + row * dloss_stride, mask=there, other=0.0).to(tl.float32)
     if count is not None:
         u /= tl.load(count)
     u = tl.where(inside, u, tl.where(valid, float("nan"), 0.0))
     offset = row * stride
     at_target = tl.load(logits + offset + target, mask=inside, other=0.0).to(tl.float32)
     scale, rest, hit = _factors(u, at_target, highest, total, classes, smoothing, z_loss, Z_LOSS)
-    start, head = _bounds(offset, stride, VEC, ALIGNED)
-    if SAME_STRIDE:  # and so the same boundaries, which the compiler sees in `start` alone
-        out = dlogits + start
-    else:
-        out = dlogits + row * dlogits_stride + head
-    _write_row(
-        logits + start,
-        out,
+    start, head = _bounds(offset, VEC, ALIGNED)
+    # The same stride has the same boundaries, which the compiler sees in `start` alone.
+    out_start = start if SAME_STRIDE else row * dlogits_stride + head
+    _write_rows(
+        logits + _rows(start),
+        dlogits + _rows(out_start),
+        there,
+        valid,
         head,
         columns,
-        tl.where(valid, classes, 0),  # nothing of an ignored row is read
-        tl.where(valid, readable, 0),
+        classes,
+        readable,
         highest,
         scale,
         rest,
@@ -316,7 +345,8 @@ def _backward_kernel(
         VEC,
         ALIGNED,
     )
-    _write_target(dlogits + row * dlogits_stride + target, hit, inside)
+    tl.debug_barrier()  # other threads have written there
+    tl.store(dlogits + row * dlogits_stride + target, hit.to(dlogits.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -397,13 +427,14 @@ def forward_rows(
     def run(config: Config) -> None:
         launch(
             _forward_kernel,
-            (rows,),
+            (triton.cdiv(rows, config.rows),),
             logits,
             targets,
             losses,
             logprobs,
             statistics,
             count if gradient else None,
+            rows,
             logits.stride(0),
             columns,
             vocab_size,
@@ -411,6 +442,7 @@ def forward_rows(
             ignore_index,
             label_smoothing,
             z_loss,
+            ROWS=config.rows,
             UNROLL=config.unroll,
             LANES=32 * config.warps,
             SMOOTHING=label_smoothing != 0,
@@ -420,7 +452,9 @@ def forward_rows(
             **layout,
         )
 
-    _tuned_run("gradient" if gradient else "forward", logits, vocab_size, gradient, run)
+    chosen = rule(vocab_size, logits.element_size(), gradient, label_smoothing != 0)
+    # What overwrites its input cannot be repeated on it.
+    run(chosen if gradient else _tuned("forward", logits, vocab_size, chosen, run))
 
 
 def backward(
@@ -469,18 +503,19 @@ def backward_rows(
     `count` where that is given."""
     rows, columns = logits.shape
     readable, layout = _layout(logits, vocab_size)
-    inplace = dlogits.data_ptr() == logits.data_ptr() if not logits.is_meta else dlogits is logits
+    inplace = dlogits.data_ptr() == logits.data_ptr()
 
     def run(config: Config) -> None:
         launch(
             _backward_kernel,
-            (rows,),
+            (triton.cdiv(rows, config.rows),),
             dloss,
             logits,
             targets,
             statistics,
             count,
             dlogits,
+            rows,
             dloss_stride,
             logits.stride(0),
             dlogits.stride(0),
@@ -490,6 +525,7 @@ def backward_rows(
             ignore_index,
             label_smoothing,
             z_loss,
+            ROWS=config.rows,
             UNROLL=config.unroll,
             LANES=32 * config.warps,
             SAME_STRIDE=logits.stride(0) == dlogits.stride(0),
@@ -498,17 +534,15 @@ def backward_rows(
             **layout,
         )
 
-    _tuned_run("backward", logits, vocab_size, inplace, run)
+    chosen = rule(vocab_size, logits.element_size(), False, False)
+    run(chosen if inplace else _tuned("backward", logits, vocab_size, chosen, run))
 
 
-def _tuned_run(
-    name: str, logits: Tensor, classes: int, overwrites: bool, run: Callable[[Config], None]
-) -> None:
-    chosen = rule(classes, logits.element_size(), name == "gradient")
-    if not overwrites:  # what overwrites its input cannot be repeated on it
-        key = (name, *logits.shape, logits.stride(0), classes, logits.dtype)
-        chosen = tuned("cross_entropy", key, logits, chosen, candidates(), run)
-    run(chosen)
+def _tuned(
+    name: str, logits: Tensor, classes: int, chosen: Config, run: Callable[[Config], None]
+) -> Config:
+    key = (name, *logits.shape, logits.stride(0), classes, logits.dtype)
+    return tuned("cross_entropy", key, logits, chosen, candidates(), run)
 
 
 def forward(
