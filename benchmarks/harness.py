@@ -1,5 +1,9 @@
 """Timing of one op's variants, interleaved in one process, against ceilings measured in between.
 
+On a machine with a GPU everything runs there, in bf16; elsewhere on the CPU, in fp32. With
+GPT2FAST_REHEARSAL=1 the GPU's cases run on the CPU, tiny, the kernels in Triton's interpreter: that
+shows that the benchmarks work before they are carried to a GPU, and times nothing.
+
 A case is one op at one shape and dtype. Its variants run in turn, round after round, each timed for
 forward and backward, so that a change of the machine's speed meets all of them. Between the rounds
 the machine's ceilings are measured too (copy bandwidth, fp32 matrix product), and the floor of the
@@ -9,6 +13,8 @@ case is max(bytes / bandwidth, FLOPs / rate): no version runs much faster than t
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +27,18 @@ from torch import Tensor
 
 import gpt2fast
 
+REHEARSAL = os.environ.get("GPT2FAST_REHEARSAL") == "1"
+if REHEARSAL:
+    importlib.import_module("tests.triton_interpreter")
+GPU = torch.cuda.is_available() or REHEARSAL
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+DTYPE_NAME = "bf16" if GPU else "fp32"
+OURS = "gpt2fast triton" if GPU else "gpt2fast cpu"
+
 DIRECTIONS = ("forward", "backward", "both")
 SECONDS = 2.5  # what one case may take after its warm-up
-ROUNDS = range(5, 31)
+ROUNDS = range(2, 3) if REHEARSAL else range(5, 31)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,27 +96,80 @@ class Measured:
         }
 
 
+def pick(on_cpu: Any, on_gpu: Any, in_rehearsal: Any) -> Any:
+    """The shapes for where this runs."""
+    return in_rehearsal if REHEARSAL else on_gpu if GPU else on_cpu
+
+
+def randn(*shape: int, std: float = 1.0, dtype: torch.dtype = DTYPE) -> Tensor:
+    """Random numbers on the benchmarked device."""
+    return (std * torch.randn(shape, device=DEVICE)).to(dtype)
+
+
+def randint(end: int, *shape: int) -> Tensor:
+    """Random class indices on the benchmarked device."""
+    return torch.randint(end, shape, device=DEVICE)
+
+
+class Clock:
+    """Marks of time: on a GPU events in its stream, so that the host's work does not count.
+
+    For that the host must be ahead of the GPU, which is kept busy for a moment first.
+    """
+
+    def __init__(self) -> None:
+        self.marks: list[Any] = []
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda._sleep(2_000_000)  # cycles: about a millisecond
+
+    def mark(self) -> None:
+        if DEVICE.type != "cuda":
+            self.marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def seconds(self) -> list[float]:
+        """Between one mark and the next."""
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        if DEVICE.type != "cuda":
+            return [b - a for a, b in pairs]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+
+
 @cache
 def _probe_data() -> tuple[Tensor, ...]:
-    flat = torch.randn(16 << 20)
-    a, b = torch.randn(1024, 768), torch.randn(768, 3072)
-    return flat, torch.empty_like(flat), a, b, torch.empty(1024, 3072)
+    flat = randn(pick(16 << 20, 512 << 20, 1 << 20))
+    rows, inner, columns = pick((1024, 768, 3072), (8192, 8192, 8192), (64, 64, 64))
+    a, b = randn(rows, inner), randn(inner, columns)
+    return (
+        flat,
+        torch.empty_like(flat),
+        a,
+        b,
+        torch.empty(rows, columns, device=DEVICE, dtype=DTYPE),
+    )
 
 
 def ceilings() -> tuple[float, float]:
-    """(bytes/s of a 64 MB copy, reads and writes counted; FLOP/s of an fp32 matrix product)."""
+    """(bytes/s of a copy beyond the caches, reads and writes counted; FLOP/s of a matrix product)."""
     source, target, a, b, out = _probe_data()
-    start = time.perf_counter()
+    clock = Clock()
+    clock.mark()
     target.copy_(source)
-    middle = time.perf_counter()
+    clock.mark()
     torch.mm(a, b, out=out)
-    end = time.perf_counter()
-    return 2 * source.nbytes / (middle - start), 2 * 1024 * 768 * 3072 / (end - middle)
+    clock.mark()
+    copying, multiplying = clock.seconds()
+    return 2 * source.nbytes / copying, 2 * a.numel() * b.shape[1] / multiplying
 
 
 def cases(
     *makers: Callable[[], Case],
-    variants: Sequence[str] = ("torch eager", "torch.compile", "gpt2fast cpu"),
+    variants: Sequence[str] = ("torch eager", "torch.compile", OURS),
     directions: Sequence[str] = DIRECTIONS,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Parametrises a benchmark by case (made lazily), variant and direction."""
@@ -115,26 +183,28 @@ def cases(
     return decorate
 
 
-def reference(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` on the plain PyTorch backend."""
-    return _on("reference", function)
-
-
-def cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` on the C++ backend."""
-    return _on("cpu", function)
+def ours(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as a user calls it, where that means our kernels."""
+    expected = OURS.rpartition(" ")[2]
+    if REHEARSAL:
+        return _on(expected, function)
+    chosen = gpt2fast.backends.choose(torch.empty(1, device=DEVICE))
+    assert chosen == expected, f"{expected} is not chosen here, but {chosen}"
+    return function
 
 
 def _on(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(**inputs: Any) -> Any:
+    def run(*arguments: Any, **inputs: Any) -> Any:
         with gpt2fast.use_backend(backend):
-            return function(**inputs)
+            return function(*arguments, **inputs)
 
     return run
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` through torch.compile with static shapes, inductor's default settings."""
+    if REHEARSAL:
+        return function
     return torch.compile(function, dynamic=False)
 
 
@@ -154,22 +224,30 @@ def _leaves(inputs: dict[str, Any]) -> dict[str, Any]:
 def _once(case: Case, variant: str, upstream: Sequence[Tensor]) -> tuple[float, float]:
     """Seconds of one forward and one backward; results are dropped outside the timed part."""
     leaves = _leaves(case.inputs)
-    start = time.perf_counter()
+    clock = Clock()
+    clock.mark()
     result = case.variants[variant](**leaves)
-    middle = time.perf_counter()
+    clock.mark()
     if case.backward is None:
-        return middle - start, 0.0
+        return clock.seconds()[0], 0.0
     pairs = [(o, g) for o, g in zip(_outputs(result), upstream, strict=True) if o.requires_grad]
     wanted = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
-    begin = time.perf_counter()
+    clock.mark()
     grads = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs])
-    end = time.perf_counter()
+    clock.mark()
+    forward, _, backward = clock.seconds()
     del grads, result
-    return middle - start, end - begin
+    return forward, backward
 
 
 def peak_memory(run: Callable[[], Any]) -> int:
     """The most bytes that torch had allocated at once in run(), beside what was there before."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -11,65 +11,119 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import gpt2fast
+from benchmarks.harness import DEVICE, GPU, REHEARSAL
 from benchmarks.plain_gpt import PlainGPT
 from gpt2fast import GPT, GPTConfig
 
+#: On a GPU all in bf16 autocast with fp32 weights; on a CPU in fp32.
 VARIANTS = (
-    "torch eager",
-    "torch eager, malloc tuned",
-    "torch.compile, malloc tuned",
-    "gpt2fast cpu",
+    ("torch eager", "torch.compile", "gpt2fast", "gpt2fast, CUDA graph", "gpt2fast, torch.compile")
+    if GPU
+    else (
+        "torch eager",
+        "torch eager, malloc tuned",
+        "torch.compile, malloc tuned",
+        "gpt2fast cpu",
+    )
 )
 CLIP = 1.0
+OPTIONS: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95)}
+
+Step = Callable[[Tensor, Tensor], Tensor]
 
 
-def make_step(variant: str, config: GPTConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def precision() -> AbstractContextManager[Any]:
+    """The context of a forward pass."""
+    return torch.autocast(DEVICE.type, dtype=torch.bfloat16) if GPU else nullcontext()
+
+
+def make_step(variant: str, config: GPTConfig) -> Step:
     """step(idx, targets) -> loss: forward, backward, clipping at 1.0, AdamW, gradients dropped."""
     torch.manual_seed(0)
-    if variant != "torch eager":
+    if not GPU and variant != "torch eager":
         gpt2fast.keep_freed_memory()
-    if variant.startswith("gpt2fast"):
-        model = GPT(config)
-        optimizer = model.configure_optimizer(max_norm=CLIP)
+    ours = variant.startswith("gpt2fast")
+    compiled = "torch.compile" in variant and not REHEARSAL
+    return (_our_step if ours else _plain_step)(config, compiled, "graph" in variant)
 
-        def fast_step(idx: Tensor, targets: Tensor) -> Tensor:
-            _, loss = model(idx, targets)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss.detach()
 
-        return fast_step
+def _our_step(config: GPTConfig, compiled: bool, graph: bool) -> Step:
+    model = GPT(config).to(DEVICE)
+    graph = graph and DEVICE.type == "cuda"
+    optimizer = model.configure_optimizer(max_norm=CLIP, capturable=graph, **OPTIONS)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    def step(idx: Tensor, targets: Tensor) -> Tensor:
+        with precision():
+            _, loss = forward(idx, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return _captured(step) if graph else step
+
+
+def _captured(step: Step) -> Step:
+    """`step` as a CUDA graph, which replays on inputs copied into place."""
+    state: dict[str, Any] = {}
+
+    def replay(idx: Tensor, targets: Tensor) -> Tensor:
+        if not state:
+            state["idx"], state["targets"] = idx.clone(), targets.clone()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles kernels and allocates the optimizer's state
+                for _ in range(3):
+                    step(state["idx"], state["targets"])
+            torch.cuda.current_stream().wait_stream(side)
+            state["graph"] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(state["graph"]):
+                state["loss"] = step(state["idx"], state["targets"])
+        state["idx"].copy_(idx)
+        state["targets"].copy_(targets)
+        state["graph"].replay()
+        return state["loss"]
+
+    return replay
+
+
+def _plain_step(config: GPTConfig, compiled: bool, graph: bool) -> Step:
     plain = PlainGPT(
         config.n_layer, config.n_head, config.n_embd, config.padded_vocab_size, config.block_size
-    )
+    ).to(DEVICE)
     parameters = list(plain.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
-    forward = torch.compile(plain, dynamic=False) if "compile" in variant else plain
+    fused = torch.optim.AdamW(groups, fused=True, **OPTIONS)
+    forward = torch.compile(plain, dynamic=False) if compiled else plain
 
-    def plain_step(idx: Tensor, targets: Tensor) -> Tensor:
-        loss = forward(idx, targets)
+    def step(idx: Tensor, targets: Tensor) -> Tensor:
+        with precision():
+            loss = forward(idx, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         fused.step()
         fused.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return plain_step
+    return step
 
 
 def peak_memory() -> int:
-    """The most resident memory that this process had, in bytes."""
+    """The most GPU memory that torch used, or resident memory that this process had, in bytes."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():  # getrusage's figure begins with that of the process that started this one
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
@@ -81,14 +135,18 @@ def peak_memory() -> int:
 def main() -> None:
     variant, name, batch, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     config = GPTConfig.from_name(name)
-    step = make_step(variant, config)
-    generator = torch.Generator().manual_seed(1)
-    for _ in sys.stdin:
-        tokens = torch.randint(config.vocab_size, (batch, length + 1), generator=generator)
-        start = time.perf_counter()
-        loss = step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).item()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak_memory()}), flush=True)
+    backend = "triton" if REHEARSAL and variant.startswith("gpt2fast") else None
+    with gpt2fast.use_backend(backend):
+        step = make_step(variant, config)
+        generator = torch.Generator().manual_seed(1)
+        for _ in sys.stdin:
+            tokens = torch.randint(config.vocab_size, (batch, length + 1), generator=generator)
+            tokens = tokens.to(DEVICE)
+            clock = time.perf_counter()
+            loss = step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).item()
+            seconds = time.perf_counter() - clock
+            answer = {"seconds": seconds, "loss": loss, "peak": peak_memory()}
+            print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, cases, cpu
+from benchmarks.harness import OURS, Case, cases, ours, pick, randn
 from gpt2fast import GPT, GPTConfig
 from gpt2fast.optim import AdamW
 
@@ -15,7 +15,9 @@ CLIP = 1.0
 
 def stepper(kind: str, shapes: list[torch.Size]) -> Callable[..., Tensor]:
     """A function that takes one step on parameters of its own and returns one of them."""
-    parameters = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes]
+    parameters = [
+        torch.nn.Parameter(randn(*shape, std=0.02, dtype=torch.float32)) for shape in shapes
+    ]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     decayed = [p for p in parameters if p.dim() >= 2]
@@ -25,13 +27,13 @@ def stepper(kind: str, shapes: list[torch.Size]) -> Callable[..., Tensor]:
         {"params": rest, "weight_decay": 0.0},
     ]
     if kind == "gpt2fast":
-        ours = AdamW(groups, lr=6e-4, betas=(0.9, 0.95), max_norm=CLIP)
+        optimizer = AdamW(groups, lr=6e-4, betas=(0.9, 0.95), max_norm=CLIP)
 
         def step() -> Tensor:
-            ours.step()
+            optimizer.step()
             return rest[0].detach()
 
-        return cpu(step)
+        return ours(step)
     peer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), **{kind: True})
 
     def peer_step() -> Tensor:
@@ -44,7 +46,9 @@ def stepper(kind: str, shapes: list[torch.Size]) -> Callable[..., Tensor]:
 
 def case() -> Case:
     with torch.device("meta"):
-        shapes = [p.shape for p in GPT(GPTConfig.from_name("gpt2")).parameters()]
+        shapes = [
+            p.shape for p in GPT(GPTConfig.from_name(pick("gpt2", "gpt2", "nano"))).parameters()
+        ]
     size = 4 * sum(shape.numel() for shape in shapes)
     return Case(
         "adamw with clipping",
@@ -53,7 +57,7 @@ def case() -> Case:
         {
             "torch eager": stepper("foreach", shapes),
             "torch fused": stepper("fused", shapes),
-            "gpt2fast cpu": stepper("gpt2fast", shapes),
+            OURS: stepper("gpt2fast", shapes),
         },
         forward=(8 * size, 0),  # gradients twice, parameter and two moments read and written
         backward=None,
@@ -62,7 +66,7 @@ def case() -> Case:
 
 @cases(
     case,
-    variants=("torch eager", "torch fused", "gpt2fast cpu"),
+    variants=("torch eager", "torch fused", OURS),
     directions=("forward",),
 )
 def test_adamw(

@@ -3,15 +3,38 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Case, cases, compiled, cpu
+from benchmarks.harness import (
+    DTYPE,
+    DTYPE_NAME,
+    GPU,
+    OURS,
+    REHEARSAL,
+    Case,
+    cases,
+    compiled,
+    ours,
+    pick,
+    randn,
+)
 from gpt2fast.functional import flash_attn_func, flash_attn_qkvpacked_func
 
 HEADS, SIZE = 12, 64
+SHAPES = pick(
+    ((4, 64), (4, 256), (1, 1024)),
+    ((64, 1024), (32, 2048), (16, 4096), (8, 8192)),
+    ((1, 16),),
+)
+#: torch's own kernels by name; the first is the base of the ratios.
+PEERS = {"torch eager": SDPBackend.FLASH_ATTENTION, "torch math": SDPBackend.MATH}
+if GPU:
+    PEERS = {"torch eager": SDPBackend.FLASH_ATTENTION, "torch cuDNN": SDPBackend.CUDNN_ATTENTION}
+    PEERS["torch efficient"] = SDPBackend.EFFICIENT_ATTENTION
+if REHEARSAL:
+    PEERS = {"torch eager": SDPBackend.MATH}
 
 
 def sdpa(qkv: Tensor, backend: SDPBackend) -> Tensor:
@@ -29,17 +52,16 @@ def sdpa_plain(qkv: Tensor) -> Tensor:
 
 
 def case(batch: int, length: int) -> Case:
-    size = 4 * batch * length * HEADS * SIZE
+    size = DTYPE.itemsize * batch * length * HEADS * SIZE
     flops = 2 * batch * HEADS * SIZE * length * (length + 1)  # the causal half of QK and PV
     return Case(
         "attention",
-        f"B{batch} T{length} H{HEADS} D{SIZE} fp32",
-        {"qkv": torch.randn(batch, length, 3, HEADS, SIZE)},
+        f"B{batch} T{length} H{HEADS} D{SIZE} {DTYPE_NAME}",
+        {"qkv": randn(batch, length, 3, HEADS, SIZE)},
         {
-            "torch eager": partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
-            "torch math": partial(sdpa, backend=SDPBackend.MATH),
+            **{name: partial(sdpa, backend=backend) for name, backend in PEERS.items()},
             "torch.compile": compiled(sdpa_plain),
-            "gpt2fast cpu": cpu(partial(flash_attn_qkvpacked_func, causal=True)),
+            OURS: ours(partial(flash_attn_qkvpacked_func, causal=True)),
         },
         forward=(4 * size, flops),
         backward=(8 * size, 2.5 * flops),
@@ -56,18 +78,18 @@ def decode_ours(query: Tensor, cache: Tensor) -> Tensor:
 
 
 def decode_case(batch: int, length: int) -> Case:
-    size = 4 * batch * length * HEADS * SIZE
+    size = DTYPE.itemsize * batch * length * HEADS * SIZE
     return Case(
         "attention, one new token",
-        f"B{batch} cache {length} H{HEADS} D{SIZE} fp32",
+        f"B{batch} cache {length} H{HEADS} D{SIZE} {DTYPE_NAME}",
         {
-            "query": torch.randn(batch, 1, HEADS, SIZE),
-            "cache": torch.randn(batch, length, 2, HEADS, SIZE),
+            "query": randn(batch, 1, HEADS, SIZE),
+            "cache": randn(batch, length, 2, HEADS, SIZE),
         },
         {
             "torch eager": decode_eager,
             "torch.compile": compiled(decode_eager),
-            "gpt2fast cpu": cpu(decode_ours),
+            OURS: ours(decode_ours),
         },
         forward=(2 * size, 4 * batch * HEADS * SIZE * length),
         backward=None,
@@ -75,8 +97,8 @@ def decode_case(batch: int, length: int) -> Case:
 
 
 @cases(
-    *(partial(case, *shape) for shape in ((4, 64), (4, 256), (1, 1024))),
-    variants=("torch eager", "torch math", "torch.compile", "gpt2fast cpu"),
+    *(partial(case, *shape) for shape in SHAPES),
+    variants=(*PEERS, "torch.compile", OURS),
 )
 def test_attention(
     bench: Callable[..., None], make: Callable[[], Case], variant: str, direction: str
@@ -84,7 +106,13 @@ def test_attention(
     bench(make, variant, direction)
 
 
-@cases(partial(decode_case, 1, 1024), partial(decode_case, 8, 256), directions=("forward",))
+@cases(
+    *(
+        partial(decode_case, *shape)
+        for shape in pick(((1, 1024), (8, 256)), ((64, 1024),), ((1, 16),))
+    ),
+    directions=("forward",),
+)
 def test_decode(
     bench: Callable[..., None], make: Callable[[], Case], variant: str, direction: str
 ) -> None:

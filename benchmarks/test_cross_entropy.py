@@ -3,14 +3,27 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, cases, compiled, cpu
+from benchmarks.harness import (
+    DTYPE,
+    DTYPE_NAME,
+    OURS,
+    Case,
+    cases,
+    compiled,
+    ours,
+    pick,
+    randint,
+    randn,
+)
 from gpt2fast.functional import cross_entropy, linear_cross_entropy
 
 VOCABULARY, PADDED, WIDTH = 50257, 50304, 768
+ROWS = pick((256, 1024), (8192, 65536), (4,))
+# On a GPU the logits are those of the padded head, whose rows are aligned.
+COLUMNS = pick(VOCABULARY, PADDED, PADDED)
 
 
 def eager_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -22,19 +35,16 @@ def eager_head(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def loss_case(rows: int) -> Case:
-    size = 4 * rows * VOCABULARY
-    inputs = {
-        "logits": torch.randn(rows, VOCABULARY),
-        "targets": torch.randint(VOCABULARY, (rows,)),
-    }
+    size = DTYPE.itemsize * rows * COLUMNS
+    inputs = {"logits": randn(rows, COLUMNS), "targets": randint(VOCABULARY, rows)}
     return Case(
         "cross_entropy",
-        f"[{rows}, {VOCABULARY}] fp32",
+        f"[{rows}, {COLUMNS}] {DTYPE_NAME}",
         inputs,
         {
             "torch eager": eager_loss,
             "torch.compile": compiled(eager_loss),
-            "gpt2fast cpu": cpu(cross_entropy),
+            OURS: ours(cross_entropy),
         },
         forward=(size, 0),
         backward=(2 * size, 0),
@@ -43,27 +53,27 @@ def loss_case(rows: int) -> Case:
 
 def head_case(rows: int) -> Case:
     inputs = {
-        "x": torch.randn(rows, WIDTH),
-        "weight": 0.02 * torch.randn(PADDED, WIDTH),
-        "targets": torch.randint(VOCABULARY, (rows,)),
+        "x": randn(rows, WIDTH),
+        "weight": randn(PADDED, WIDTH, std=0.02),
+        "targets": randint(VOCABULARY, rows),
     }
     flops = 2 * rows * WIDTH * PADDED
-    weights = 4 * PADDED * WIDTH
+    weights = DTYPE.itemsize * PADDED * WIDTH
     return Case(
         "linear_cross_entropy",
-        f"[{rows}, {WIDTH}] -> {PADDED} fp32",
+        f"[{rows}, {WIDTH}] -> {PADDED} {DTYPE_NAME}",
         inputs,
         {
             "torch eager": eager_head,
             "torch.compile": compiled(eager_head),
-            "gpt2fast cpu": cpu(partial(linear_cross_entropy, vocab_size=VOCABULARY)),
+            OURS: ours(partial(linear_cross_entropy, vocab_size=VOCABULARY)),
         },
         forward=(weights, flops),
         backward=(2 * weights, 2 * flops),
     )
 
 
-@cases(*(partial(loss_case, rows) for rows in (256, 1024)))
+@cases(*(partial(loss_case, rows) for rows in ROWS))
 def test_cross_entropy(
     bench: Callable[..., None], make: Callable[[], Case], variant: str, direction: str
 ) -> None:
@@ -71,7 +81,7 @@ def test_cross_entropy(
 
 
 # Ours computes the gradients in the forward pass, so only the sum of both is a comparison.
-@cases(*(partial(head_case, rows) for rows in (256, 1024)), directions=("both",))
+@cases(*(partial(head_case, rows) for rows in ROWS), directions=("both",))
 def test_linear_cross_entropy(
     bench: Callable[..., None], make: Callable[[], Case], variant: str, direction: str
 ) -> None:

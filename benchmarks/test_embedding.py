@@ -3,11 +3,21 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, cases, compiled, cpu
+from benchmarks.harness import (
+    DTYPE,
+    DTYPE_NAME,
+    OURS,
+    Case,
+    cases,
+    compiled,
+    ours,
+    pick,
+    randint,
+    randn,
+)
 from gpt2fast.functional import embedding
 
 PADDED, POSITIONS, WIDTH = 50304, 1024, 768
@@ -18,23 +28,23 @@ def eager(idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
 
 
 def case(batch: int, length: int) -> Case:
-    tokens = 4 * batch * length * WIDTH
-    tables = 4 * (PADDED + POSITIONS) * WIDTH  # the dense gradients, written once
+    tokens = DTYPE.itemsize * batch * length * WIDTH
+    tables = DTYPE.itemsize * (PADDED + POSITIONS) * WIDTH  # the dense gradients, written once
     return Case(
         "embedding",
-        f"B{batch} T{length} V{PADDED} fp32",
+        f"B{batch} T{length} V{PADDED} {DTYPE_NAME}",
         {
-            "idx": torch.randint(50257, (batch, length)),
-            "wte": torch.randn(PADDED, WIDTH),
-            "wpe": torch.randn(POSITIONS, WIDTH),
+            "idx": randint(50257, batch, length),
+            "wte": randn(PADDED, WIDTH),
+            "wpe": randn(POSITIONS, WIDTH),
         },
-        {"torch eager": eager, "torch.compile": compiled(eager), "gpt2fast cpu": cpu(embedding)},
+        {"torch eager": eager, "torch.compile": compiled(eager), OURS: ours(embedding)},
         forward=(2 * tokens, 0),
         backward=(2 * tokens + tables, 0),
     )
 
 
-@cases(partial(case, 4, 64), partial(case, 4, 256))
+@cases(*(partial(case, *shape) for shape in pick(((4, 64), (4, 256)), ((64, 1024),), ((2, 8),))))
 def test_embedding(
     bench: Callable[..., None], make: Callable[[], Case], variant: str, direction: str
 ) -> None:

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, cases, compiled, cpu
+from benchmarks.harness import DTYPE, DTYPE_NAME, OURS, Case, cases, compiled, ours, pick, randn
 from gpt2fast.functional import gelu, gelu_mlp
 
-WIDTH = 768
+WIDTH = pick(768, 768, 32)
+ROWS = pick((256, 1024), (8192, 65536), (4,))
 
 
 def eager_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -25,15 +25,15 @@ def eager_mlp(
 
 
 def gelu_case(rows: int) -> Case:
-    size = 4 * rows * 4 * WIDTH
+    size = DTYPE.itemsize * rows * 4 * WIDTH
     return Case(
         "gelu",
-        f"[{rows}, {4 * WIDTH}] fp32 + bias",
-        {"x": torch.randn(rows, 4 * WIDTH), "bias": torch.randn(4 * WIDTH)},
+        f"[{rows}, {4 * WIDTH}] {DTYPE_NAME} + bias",
+        {"x": randn(rows, 4 * WIDTH), "bias": randn(4 * WIDTH)},
         {
             "torch eager": eager_gelu,
             "torch.compile": compiled(eager_gelu),
-            "gpt2fast cpu": cpu(gelu),
+            OURS: ours(gelu),
         },
         forward=(2 * size, 0),
         backward=(3 * size, 0),
@@ -42,30 +42,29 @@ def gelu_case(rows: int) -> Case:
 
 def mlp_case(rows: int) -> Case:
     inputs = {
-        "x": torch.randn(rows, WIDTH),
-        "fc_weight": 0.02 * torch.randn(4 * WIDTH, WIDTH),
-        "fc_bias": torch.randn(4 * WIDTH),
-        "proj_weight": 0.02 * torch.randn(WIDTH, 4 * WIDTH),
-        "proj_bias": torch.randn(WIDTH),
+        "x": randn(rows, WIDTH),
+        "fc_weight": randn(4 * WIDTH, WIDTH, std=0.02),
+        "fc_bias": randn(4 * WIDTH),
+        "proj_weight": randn(WIDTH, 4 * WIDTH, std=0.02),
+        "proj_bias": randn(WIDTH),
     }
-    weights, flops = 4 * 8 * WIDTH**2, 16 * rows * WIDTH**2
+    weights, flops = DTYPE.itemsize * 8 * WIDTH**2, 16 * rows * WIDTH**2
     return Case(
         "gelu_mlp",
-        f"[{rows}, {WIDTH}] fp32",
+        f"[{rows}, {WIDTH}] {DTYPE_NAME}",
         inputs,
         {
             "torch eager": eager_mlp,
             "torch.compile": compiled(eager_mlp),
-            "gpt2fast cpu": cpu(gelu_mlp),
+            OURS: ours(gelu_mlp),
         },
-        forward=(weights + 4 * rows * 6 * WIDTH, flops),
-        backward=(2 * weights + 4 * rows * 7 * WIDTH, 2 * flops),
+        forward=(weights + DTYPE.itemsize * rows * 6 * WIDTH, flops),
+        backward=(2 * weights + DTYPE.itemsize * rows * 7 * WIDTH, 2 * flops),
     )
 
 
 @cases(
-    *(partial(gelu_case, rows) for rows in (256, 1024)),
-    *(partial(mlp_case, rows) for rows in (256, 1024)),
+    *(partial(case, rows) for case in (gelu_case, mlp_case) for rows in ROWS),
 )
 def test_gelu(
     bench: Callable[..., None], make: Callable[[], Case], variant: str, direction: str

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, cases, compiled, cpu
+from benchmarks.harness import DTYPE, DTYPE_NAME, OURS, Case, cases, compiled, pick, randn
+from benchmarks.harness import ours as on_ours
 from gpt2fast.functional import add_layer_norm, layer_norm
 
 WIDTH = 768
+ROWS = pick((256, 1024), (8192, 65536), (4,))
 
 
 def eager_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -26,24 +27,30 @@ def case(add: bool, rows: int) -> Case:
     eager: Callable[..., object] = eager_add if add else eager_norm
     ours: Callable[..., object] = add_layer_norm if add else layer_norm
     inputs = {
-        "x": torch.randn(rows, WIDTH),
-        "weight": torch.randn(WIDTH),
-        "bias": torch.randn(WIDTH),
+        "x": randn(rows, WIDTH),
+        "weight": randn(WIDTH),
+        "bias": randn(WIDTH),
     }
     if add:
-        inputs["residual"] = torch.randn(rows, WIDTH)
-    size = 4 * rows * WIDTH
+        inputs["residual"] = randn(rows, WIDTH)
+    size = DTYPE.itemsize * rows * WIDTH
     return Case(
         "add_layer_norm" if add else "layer_norm",
-        f"[{rows}, {WIDTH}] fp32",
+        f"[{rows}, {WIDTH}] {DTYPE_NAME}",
         inputs,
-        {"torch eager": eager, "torch.compile": compiled(eager), "gpt2fast cpu": cpu(ours)},
+        {"torch eager": eager, "torch.compile": compiled(eager), OURS: on_ours(ours)},
         forward=((4 if add else 2) * size, 0),
         backward=((4 if add else 3) * size, 0),
     )
 
 
-@cases(*(partial(case, add, rows) for add in (False, True) for rows in (256, 1024)))
+@cases(
+    *(
+        partial(case, add, rows)
+        for add in (False, True)
+        for rows in pick((256, 1024), (8192, 65536), (4,))
+    )
+)
 def test_layer_norm(
     bench: Callable[..., None], make: Callable[[], Case], variant: str, direction: str
 ) -> None:

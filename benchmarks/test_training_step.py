@@ -1,8 +1,9 @@
-"""The whole training step of GPT-2 124M in fp32: forward, backward, clipping, AdamW.
+"""The whole training step of GPT-2: forward, backward, clipping, AdamW.
 
-Each variant lives in a process of its own and steps in turn with the others. The floor is the time
+Each variant lives in a process of its own. On a CPU, in fp32, they step in turn; on a GPU, in bf16
+autocast, one after another, since their memory would not fit beside each other. The floor is the time
 of the step's matrix products (attention's causal half included) at the rate of torch.mm measured
-between the rounds; memory is the peak of the whole process.
+between the rounds; memory is the peak of the process.
 """
 
 import json
@@ -16,25 +17,30 @@ import torch
 
 from benchmarks import harness
 from benchmarks.conftest import report_to
+from benchmarks.harness import DTYPE_NAME, GPU, pick
 from benchmarks.step_worker import VARIANTS
 from gpt2fast import GPT, GPTConfig
 
-MODEL = "gpt2"
-SHAPES = {(4, 64): 9, (4, 256): 5}  # (batch, length): rounds counted, after two that are not
+#: (model, batch, length): rounds counted, after two that are not.
+SHAPES: dict[tuple[str, int, int], int] = pick(
+    {("gpt2", 4, 64): 9, ("gpt2", 4, 256): 5},
+    {("gpt2", 64, 1024): 12, ("gpt2-medium", 32, 1024): 8},
+    {("nano", 1, 8): 1},
+)
+SIZES = {"gpt2": "124M", "gpt2-medium": "355M"}
 
 
 class Worker:
     """A variant's process."""
 
-    def __init__(self, variant: str, batch: int, length: int) -> None:
-        self.variant = variant
+    def __init__(self, variant: str, model: str, batch: int, length: int) -> None:
         self.process = subprocess.Popen(
             [
                 sys.executable,
                 "-m",
                 "benchmarks.step_worker",
                 variant,
-                MODEL,
+                model,
                 str(batch),
                 str(length),
             ],
@@ -49,7 +55,7 @@ class Worker:
         print("step", file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the {self.variant} process ended with {self.process.wait()}")
+            raise RuntimeError(f"the process ended with {self.process.wait()}: {self.process.args}")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -57,34 +63,37 @@ class Worker:
         self.process.wait()
 
 
-def measure(batch: int, length: int, rounds: int) -> dict[str, tuple[list[float], dict[str, Any]]]:
+def measure(
+    model: str, batch: int, length: int, rounds: int
+) -> dict[str, tuple[list[float], dict[str, Any]]]:
     """Seconds and table numbers of every variant."""
-    workers = [Worker(variant, batch, length) for variant in VARIANTS]
-    try:
-        warm = [[worker.step() for worker in workers] for _ in range(2)]
-        answers: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-        ceilings = []
-        for _ in range(rounds):
-            ceilings.append(harness.ceilings())
-            for worker in workers:
-                answers[worker.variant].append(worker.step())
-    finally:
-        for worker in workers:
-            worker.close()
-    first = [answer["loss"] for answer in warm[0]]
+    answers: dict[str, list[dict[str, float]]] = {}
+    ceilings = []
+    for together in [[variant] for variant in VARIANTS] if GPU else [VARIANTS]:
+        workers = {variant: Worker(variant, model, batch, length) for variant in together}
+        answers |= {variant: [] for variant in together}
+        try:
+            for _ in range(2 + rounds):
+                ceilings.append(harness.ceilings())
+                for variant, worker in workers.items():
+                    answers[variant].append(worker.step())
+        finally:
+            for worker in workers.values():
+                worker.close()
+    first = [steps[0]["loss"] for steps in answers.values()]
     assert max(first) - min(first) < 0.2, f"the variants do not train the same model: {first}"
     with torch.device("meta"):
-        flops = GPT(GPTConfig.from_name(MODEL)).flops_per_token(length) * batch * length
+        flops = GPT(GPTConfig.from_name(model)).flops_per_token(length) * batch * length
     floor = flops / statistics.median(rate for _, rate in ceilings)
     results = {}
     for variant, steps in answers.items():
-        seconds = [step["seconds"] for step in steps]
+        seconds = [step["seconds"] for step in steps[2:]]
         median = statistics.median(seconds)
         results[variant] = (
             seconds,
             {
-                "op": "training step of GPT-2 124M",
-                "label": f"B{batch} T{length} fp32",
+                "op": f"training step of GPT-2 {SIZES.get(model, model)}",
+                "label": f"B{batch} T{length} {DTYPE_NAME}",
                 "variant": variant,
                 "direction": "step",
                 "bytes": 0,
@@ -99,18 +108,18 @@ def measure(batch: int, length: int, rounds: int) -> dict[str, tuple[list[float]
     return results
 
 
+Results = dict[tuple[str, int, int], dict[str, tuple[list[float], dict[str, Any]]]]
+
+
 @pytest.fixture(scope="module")
-def measured_steps() -> dict[tuple[int, int], dict[str, tuple[list[float], dict[str, Any]]]]:
+def measured_steps() -> Results:
     return {}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"B{shape[0]}-T{shape[1]}")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_training_step(
-    benchmark: Any,
-    measured_steps: dict[tuple[int, int], dict[str, tuple[list[float], dict[str, Any]]]],
-    shape: tuple[int, int],
-    variant: str,
+    benchmark: Any, measured_steps: Results, shape: tuple[str, int, int], variant: str
 ) -> None:
     if shape not in measured_steps:
         measured_steps[shape] = measure(*shape, SHAPES[shape])

@@ -1,7 +1,7 @@
-"""The kernel launches of GPT-2 on each GPU, for the ahead-of-time report: no GPU, no data.
+"""The kernel launches of GPT-2, for the ahead-of-time report and for tuning.
 
 A case calls a Triton backend as the op does, on meta tensors of GPT-2's sizes; what it would launch
-is recorded (gpt2fast.ops.triton_common.recording).
+is recorded (gpt2fast.ops.triton_common.recording). benchmarks/tune.py runs the same cases on a GPU.
 """
 
 from collections.abc import Callable
@@ -30,19 +30,26 @@ def case(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
     return decorate
 
 
+#: "meta" to record launches; benchmarks/tune.py sets a GPU to run them.
+device = torch.device("meta")
+
+
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    """A tensor without data."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+    """A tensor: without data, or on a GPU with random numbers."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "meta":
+        return tensor
+    return tensor.normal_() if dtype.is_floating_point else tensor.zero_()
 
 
 def _layer_norm(width: int, x_dtype: torch.dtype) -> None:
     backend = load("layer_norm", "triton")
     x = empty(ROWS, width, dtype=x_dtype)
-    weight, statistics = empty(width, dtype=FP32), empty(ROWS, dtype=FP32)
+    weight, statistics = empty(width, dtype=FP32), empty(2, ROWS, dtype=FP32)
     backend.forward(x, None, weight, weight, 1e-5)
     backend.forward(x, x, weight, weight, 1e-5)
-    backend.backward(x, None, x, weight, statistics, statistics, True, True)
-    backend.backward(x, x, x, weight, statistics, statistics, True, True)
+    backend.backward(x, None, x, weight, statistics, True, True)
+    backend.backward(x, x, x, weight, statistics, True, True)
 
 
 for _size, _width in WIDTHS.items():

@@ -248,17 +248,19 @@ class GPT(nn.Module):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         max_norm: float | None = None,
+        **options: bool,
     ) -> AdamW:
         """AdamW with GPT-2's groups: matrices and embeddings decay, biases and norms do not.
 
-        `max_norm` clips the global gradient norm inside the step (None: no clipping).
+        `max_norm` clips the global gradient norm inside the step (None: no clipping); `options` are
+        further ones of :class:`gpt2fast.optim.AdamW`.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return AdamW(groups, lr=lr, betas=betas, eps=eps, max_norm=max_norm)
+        return AdamW(groups, lr=lr, betas=betas, eps=eps, max_norm=max_norm, **options)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dropout: float = 0.0) -> GPT:

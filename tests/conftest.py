@@ -6,7 +6,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors.
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,17 +16,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # several test processes share
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is imported
+    with suppress(ImportError):  # no Triton: its tests say so
+        importlib.import_module("tests.triton_interpreter")
 
 from gpt2fast import backends
-
-if backends.interpreted():
-    try:
-        from tests.triton_interpreter import mend
-    except ImportError:
-        pass  # no Triton: its tests say so
-    else:
-        mend()
 
 #: Real text beside the checkout, where a machine has it; tests must pass without it.
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -1,13 +1,21 @@
-"""Mends Triton's CPU interpreter for the tests: bf16 (upstream: triton issue 11584).
+"""Importing this makes Triton kernels run in its CPU interpreter, mended for bf16.
+
+It must come before the first import of triton, whose own functions are decorated there.
+
+What is mended (upstream: triton issue 11584):
 
 The interpreter keeps bf16 as its 16 bits in unsigned integers. Some of its operations compute with
 those integers, others cut instead of rounding. Here every operation on bf16 values widens them to
 fp32, computes, and rounds the result to nearest even, which is what a GPU does.
 """
 
+import os
 from typing import Any
 
 import numpy as np
+
+os.environ["TRITON_INTERPRET"] = "1"
+
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -86,8 +94,6 @@ def _mend_dot() -> None:
     InterpreterBuilder.create_dot = dot
 
 
-def mend() -> None:
-    """Call once, after TRITON_INTERPRET=1 is set and before the first kernel runs."""
-    _mend_casts()
-    _mend_arithmetic()
-    _mend_dot()
+_mend_casts()
+_mend_arithmetic()
+_mend_dot()

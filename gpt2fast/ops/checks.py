@@ -47,7 +47,12 @@ def check_parameter(
     meaning: str,
 ) -> None:
     """Checks an optional weight or bias: floating point, on x's device, of the shape wanted."""
-    if parameter is None:
+    if parameter is None or (
+        isinstance(parameter, Tensor)  # all in one, for speed
+        and parameter.shape == shape
+        and parameter.dtype.is_floating_point
+        and parameter.device == x.device
+    ):
         return
     check_floating(name, parameter)
     check_shape(name, parameter, shape, meaning)

@@ -130,16 +130,23 @@ def power_of_two(number: int) -> int:
 Config = TypeVar("Config")
 
 
-def _table_path(index: int) -> Path:
+SHIPPED = Path(__file__).with_name("tuned")
+
+
+def cache_path(index: int) -> Path:
+    """Where tuned configurations of GPU `index` are kept; SHIPPED has a file of the same name where
+    this version brings some."""
     folder = os.environ.get("GPT2FAST_CACHE_DIR") or Path.home() / ".cache" / "gpt2fast"
     device = torch.cuda.get_device_name(index).replace(" ", "-").lower()
-    return Path(folder) / f"tuned-{device}-triton-{triton.__version__}.json"
+    return Path(folder) / f"{device}.json"
 
 
 @functools.cache
 def _table(index: int) -> dict[str, Any]:
-    path = _table_path(index)
-    return json.loads(path.read_text()) if path.exists() else {}
+    path = cache_path(index)
+    shipped = SHIPPED / path.name
+    found = [json.loads(file.read_text()) for file in (shipped, path) if file.exists()]
+    return {name: entry for table in found for name, entry in table.items()}
 
 
 def tuned(
@@ -162,17 +169,21 @@ def tuned(
     index = tensor.device.index
     table, name = _table(index), f"{op} {' '.join(str(k) for k in key)}"
     if name in table:
-        return dataclasses.replace(rule, **table[name])  # type: ignore[type-var]
+        return dataclasses.replace(rule, **table[name]["config"])  # type: ignore[type-var]
     if os.environ.get("GPT2FAST_AUTOTUNE") != "1" or torch.cuda.is_current_stream_capturing():
         return rule
-    times = {config: _time(run, config) for config in (rule, *candidates)}
+    times = {config: _milliseconds(run, config) for config in (rule, *candidates)}
     best = min(times, key=times.__getitem__)
-    table[name] = dataclasses.asdict(best)  # type: ignore[call-overload]
-    _save(_table_path(index), table)
+    table[name] = {
+        "config": dataclasses.asdict(best),  # type: ignore[call-overload]
+        "milliseconds": times[best],
+        "by the rule": times[rule],
+    }
+    _save(cache_path(index), table)
     return best
 
 
-def _time(run: Callable[[Config], None], config: Config) -> float:
+def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
     try:
         return triton.testing.do_bench(lambda: run(config), warmup=10, rep=50, return_mode="median")
     except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):

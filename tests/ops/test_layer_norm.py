@@ -123,9 +123,9 @@ def test_opcheck(backend: str) -> None:
         x, weight, bias = torch.randn(6, 80), torch.randn(80), torch.randn(80)
     torch.library.opcheck(autograd.layer_norm_forward, (x, weight, bias, 1e-5, backend))
     torch.library.opcheck(autograd.add_layer_norm_forward, (x, x, weight, None, 1e-5, backend))
-    _, mean, rstd = autograd.layer_norm_forward(x, weight, bias, 1e-5, backend)
+    _, statistics = autograd.layer_norm_forward(x, weight, bias, 1e-5, backend)
     for need in ((True, True), (True, False), (False, True)):
-        arguments = (x, None, x, weight, mean, rstd, *need, backend)
+        arguments = (x, None, x, weight, statistics, *need, backend)
         torch.library.opcheck(autograd.layer_norm_backward, arguments)
 
 

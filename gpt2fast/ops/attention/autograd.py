@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2fast.backends import load
-from gpt2fast.ops.registry import register
+from gpt2fast.ops.registry import call, register
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class Attention(torch.autograd.Function):
         seed: Tensor | None,
         backend: str,
     ) -> Tensor:
-        out, lse = attention_forward(q, k, v, diagonal, scale, dropout_p, seed, backend)
+        out, lse = call(attention_forward, q, k, v, diagonal, scale, dropout_p, seed, backend)
         ctx.save_for_backward(q, k, v, out, lse, seed)
         ctx.options = (diagonal, scale, dropout_p, backend)
         return out
@@ -176,8 +176,8 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, seed = ctx.saved_tensors
         diagonal, scale, dropout_p, backend = ctx.options
-        grads = attention_backward(
-            dout, q, k, v, out, lse, diagonal, scale, dropout_p, seed, backend
+        grads = call(
+            attention_backward, dout, q, k, v, out, lse, diagonal, scale, dropout_p, seed, backend
         )
         needed = (
             g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)
@@ -199,7 +199,7 @@ class PackedAttention(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         q, k, v = qkv.unbind(2)
-        out, lse = attention_forward(q, k, v, diagonal, scale, dropout_p, seed, backend)
+        out, lse = call(attention_forward, q, k, v, diagonal, scale, dropout_p, seed, backend)
         ctx.save_for_backward(qkv, out, lse, seed)
         ctx.options = (diagonal, scale, dropout_p, backend)
         return out
@@ -209,7 +209,16 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse, seed = ctx.saved_tensors
         diagonal, scale, dropout_p, backend = ctx.options
-        dqkv = attention_packed_backward(
-            dout, qkv, out, lse, diagonal, scale, dropout_p, seed, backend
+        dqkv = call(
+            attention_packed_backward,
+            dout,
+            qkv,
+            out,
+            lse,
+            diagonal,
+            scale,
+            dropout_p,
+            seed,
+            backend,
         )
         return dqkv, None, None, None, None, None

@@ -13,6 +13,7 @@ from gpt2fast.ops.checks import (
     check_shape,
     distinct,
 )
+from gpt2fast.ops.registry import apply, call
 
 
 def _checked(
@@ -70,9 +71,9 @@ def _attention(
         return reference.attention(q, k, v, diagonal, scale, dropout_p, seed)
     options = (diagonal, scale, dropout_p, seed, backend)
     if torch.is_grad_enabled():
-        return autograd.Attention.apply(q, k, v, *options)
+        return apply(autograd.Attention, q, k, v, *options)
     # Without the Function a decoding step takes a third less time.
-    return autograd.attention_forward(q, k, v, *options)[0]
+    return call(autograd.attention_forward, q, k, v, *options)[0]
 
 
 def scaled_dot_product_attention(
@@ -169,4 +170,4 @@ def flash_attn_qkvpacked_func(
     if backend == "reference":
         q, k, v = qkv.unbind(2)
         return reference.attention(q, k, v, diagonal, softmax_scale, dropout_p, seed)
-    return autograd.PackedAttention.apply(qkv, diagonal, softmax_scale, dropout_p, seed, backend)
+    return apply(autograd.PackedAttention, qkv, diagonal, softmax_scale, dropout_p, seed, backend)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2fast.backends import load
-from gpt2fast.ops.registry import register, rows
+from gpt2fast.ops.registry import call, register, rows
 
 
 def _forward(
@@ -143,7 +143,7 @@ class CrossEntropy(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         options = (ignore_index, label_smoothing, z_loss, reduction, vocab_size, backend)
-        loss, statistics = cross_entropy_forward(logits, targets, *options)
+        loss, statistics = call(cross_entropy_forward, logits, targets, *options)
         ctx.save_for_backward(logits, targets, statistics)
         ctx.options, ctx.inplace = options, inplace
         return loss
@@ -155,9 +155,9 @@ class CrossEntropy(torch.autograd.Function):
         logits, targets, statistics = ctx.saved_tensors
         if ctx.inplace:
             dlogits = logits.detach()
-            cross_entropy_backward_inplace(dloss, dlogits, targets, statistics, *ctx.options)
+            call(cross_entropy_backward_inplace, dloss, dlogits, targets, statistics, *ctx.options)
             # Ops defined through a Library do not count their writes themselves.
             torch.autograd.graph.increment_version(dlogits)
         else:
-            dlogits = cross_entropy_backward(dloss, logits, targets, statistics, *ctx.options)
+            dlogits = call(cross_entropy_backward, dloss, logits, targets, statistics, *ctx.options)
         return dlogits, *[None] * 8

@@ -6,7 +6,7 @@ from torch import Tensor
 from gpt2fast.backends import choose
 from gpt2fast.ops.checks import check_floating, check_same_device, check_shape, check_tensor
 from gpt2fast.ops.cross_entropy import autograd, reference
-from gpt2fast.ops.registry import rows
+from gpt2fast.ops.registry import apply, rows
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -114,4 +114,4 @@ def cross_entropy(
     inplace = inplace_backward and not torch.compiler.is_compiling()
     if inplace and torch.is_grad_enabled():
         _check_inplace(logits)
-    return autograd.CrossEntropy.apply(logits, targets, *options, inplace, backend)
+    return apply(autograd.CrossEntropy, logits, targets, *options, inplace, backend)

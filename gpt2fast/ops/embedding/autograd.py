@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2fast.backends import load
-from gpt2fast.ops.registry import register
+from gpt2fast.ops.registry import call, register
 
 
 def _forward(idx: Tensor, wte: Tensor, wpe: Tensor, position: int, backend: str) -> Tensor:
@@ -71,12 +71,12 @@ class Embedding(torch.autograd.Function):
         ctx.save_for_backward(idx)
         ctx.sizes = wte.shape[0], wpe.shape[0], position
         ctx.backend = backend
-        return embedding_forward(idx, wte, wpe, position, backend)
+        return call(embedding_forward, idx, wte, wpe, position, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (idx,) = ctx.saved_tensors
         need_wte, need_wpe = ctx.needs_input_grad[1:3]
-        dwte, dwpe = embedding_backward(dy, idx, *ctx.sizes, need_wte, need_wpe, ctx.backend)
+        dwte, dwpe = call(embedding_backward, dy, idx, *ctx.sizes, need_wte, need_wpe, ctx.backend)
         return None, dwte, dwpe, None, None

@@ -11,6 +11,7 @@ from gpt2fast.ops.checks import (
     check_tensor,
 )
 from gpt2fast.ops.embedding import autograd, reference
+from gpt2fast.ops.registry import apply
 
 
 def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tensor:
@@ -56,4 +57,4 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tenso
     backend = choose(wte)
     if backend == "reference":
         return reference.embedding(idx, wte, wpe, position)
-    return autograd.Embedding.apply(idx.long(), wte, wpe, position, backend)
+    return apply(autograd.Embedding, idx.long(), wte, wpe, position, backend)

@@ -7,18 +7,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2fast.backends import load
-from gpt2fast.ops.registry import register, rows
+from gpt2fast.ops.registry import call, register, rows, shaped
 
 
 def _forward(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return load("gelu", backend).forward(rows(x), bias).view(x.shape)
+    return shaped(load("gelu", backend).forward(rows(x), bias), x)
 
 
 def _backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, need_input: bool, need_bias: bool, backend: str
 ) -> tuple[Tensor | None, Tensor | None]:
     dx, dbias = load("gelu", backend).backward(rows(dy), rows(x), bias, need_input, need_bias)
-    return None if dx is None else dx.view(x.shape), dbias
+    return None if dx is None else shaped(dx, x), dbias
 
 
 def _fake_forward(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -48,12 +48,12 @@ class Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         ctx.save_for_backward(x, bias)
         ctx.backend = backend
-        return gelu_forward(x, bias, backend)
+        return call(gelu_forward, x, bias, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         need_x, need_bias = ctx.needs_input_grad[:2]
-        dx, dbias = gelu_backward(dy, x, bias, need_x, need_bias, ctx.backend)
+        dx, dbias = call(gelu_backward, dy, x, bias, need_x, need_bias, ctx.backend)
         return dx, dbias.to(bias.dtype) if need_bias else None, None

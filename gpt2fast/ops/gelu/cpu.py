@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from gpt2fast.backends import cpu_kernels
-from gpt2fast.ops.registry import DTYPE_CODES, pointer
+from gpt2fast.ops.registry import DTYPE_CODES, empty_like, pointer
 
 
 def forward(x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """On rows x (R, C): gelu(x + bias) (R, C), into the contiguous `out` where it is given."""
-    y = x.new_empty(x.shape) if out is None else out
+    y = empty_like(x) if out is None else out
     bias = _fp32(bias)
     cpu_kernels().gelu_forward(
         x.data_ptr(),
@@ -27,7 +27,7 @@ def backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, need_input: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients (dx (R, C), dbias (C,) fp32), None where not needed."""
-    dx = x.new_empty(x.shape) if need_input else None
+    dx = empty_like(x) if need_input else None
     return dx, backward_into(dy, x, bias, dx, None, need_bias)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from gpt2fast.backends import choose
 from gpt2fast.ops.checks import check_floating, check_parameter
 from gpt2fast.ops.gelu import autograd, reference
+from gpt2fast.ops.registry import apply
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,4 +33,4 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     backend = choose(x)
     if backend == "reference":
         return reference.gelu(x, bias)
-    return autograd.Gelu.apply(x, bias, backend)
+    return apply(autograd.Gelu, x, bias, backend)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2fast.backends import load
-from gpt2fast.ops.registry import register, rows
+from gpt2fast.ops.registry import call, register, rows
 
 
 def _forward(
@@ -101,7 +101,7 @@ class GeluMlp(torch.autograd.Function):
         proj_bias: Tensor | None,
         backend: str,
     ) -> Tensor:
-        y, h = gelu_mlp_forward(x, fc_weight, fc_bias, proj_weight, proj_bias, True, backend)
+        y, h = call(gelu_mlp_forward, x, fc_weight, fc_bias, proj_weight, proj_bias, True, backend)
         ctx.save_for_backward(x, h, fc_weight, fc_bias, proj_weight, proj_bias)
         ctx.backend = backend
         return y
@@ -111,8 +111,8 @@ class GeluMlp(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, fc_weight, fc_bias, proj_weight, proj_bias = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:5])
-        dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias = gelu_mlp_backward(
-            dy, x, h, fc_weight, fc_bias, proj_weight, need, ctx.backend
+        dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias = call(
+            gelu_mlp_backward, dy, x, h, fc_weight, fc_bias, proj_weight, need, ctx.backend
         )
         return (
             dx,

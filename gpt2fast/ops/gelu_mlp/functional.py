@@ -13,6 +13,7 @@ from gpt2fast.ops.checks import (
     check_shape,
 )
 from gpt2fast.ops.gelu_mlp import autograd, reference
+from gpt2fast.ops.registry import apply
 
 
 def gelu_mlp(
@@ -69,5 +70,5 @@ def gelu_mlp(
         return reference.gelu_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias)
     inputs = (x, fc_weight, fc_bias, proj_weight, proj_bias)
     if torch.is_grad_enabled():
-        return autograd.GeluMlp.apply(*inputs, backend)
+        return apply(autograd.GeluMlp, *inputs, backend)
     return autograd.gelu_mlp_forward(*inputs, False, backend)[0]

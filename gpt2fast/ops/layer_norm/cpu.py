@@ -4,16 +4,18 @@ import torch
 from torch import Tensor
 
 from gpt2fast.backends import cpu_kernels
-from gpt2fast.ops.registry import DTYPE_CODES, pointer
+from gpt2fast.ops.registry import DTYPE_CODES, empty_like, pointer
 
 
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """On rows x (R, C): (x + residual or None, y (R, C), mean (R,) fp32, rstd (R,) fp32)."""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
-    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """On rows x (R, C): (x + residual or None, y (R, C), statistics: mean, rstd (2, R) fp32)."""
+    y = empty_like(x)
+    total = None if residual is None else empty_like(x)
+    count, columns = x.shape
+    statistics = torch.empty((2, count), dtype=torch.float32)
+    mean = statistics.data_ptr()
     weight, bias = _fp32(weight), _fp32(bias)
     cpu_kernels().layer_norm_forward(
         x.data_ptr(),
@@ -24,14 +26,15 @@ def forward(
         pointer(bias),
         pointer(total),
         y.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        *x.shape,
+        mean,
+        mean + 4 * count,
+        count,
+        columns,
         eps,
         DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
     )
-    return total, y, mean, rstd
+    return total, y, statistics
 
 
 def backward(
@@ -39,14 +42,14 @@ def backward(
     dsum: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     need_input: bool,
     need_parameters: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx (R, C), dweight (C,) fp32, dbias (C,) fp32), None where not needed."""
-    columns, threads = x.shape[1], torch.get_num_threads()
-    dx = x.new_empty(x.shape) if need_input else None
+    (count, columns), threads = x.shape, torch.get_num_threads()
+    dx = empty_like(x) if need_input else None
+    mean = statistics.data_ptr()
     dweight = dbias = workspace = None
     if need_parameters:
         dweight, dbias = (x.new_empty((columns,), dtype=torch.float32) for _ in range(2))
@@ -60,13 +63,14 @@ def backward(
         x.data_ptr(),
         x.stride(0),
         pointer(weight),
-        mean.data_ptr(),
-        rstd.data_ptr(),
+        mean,
+        mean + 4 * count,
         pointer(dx),
         pointer(dweight),
         pointer(dbias),
         pointer(workspace),
-        *x.shape,
+        count,
+        columns,
         DTYPE_CODES[x.dtype],
         threads,
     )
@@ -74,4 +78,6 @@ def backward(
 
 
 def _fp32(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.float().contiguous()
+    if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()):
+        return parameter
+    return parameter.float().contiguous()

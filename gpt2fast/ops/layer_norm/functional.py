@@ -4,14 +4,9 @@ import torch
 from torch import Tensor
 
 from gpt2fast.backends import choose
-from gpt2fast.ops.checks import (
-    check_floating,
-    check_parameter,
-    check_same_device,
-    check_shape,
-    distinct,
-)
+from gpt2fast.ops.checks import check_floating, check_parameter, check_tensor, distinct
 from gpt2fast.ops.layer_norm import autograd, reference
+from gpt2fast.ops.registry import apply
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -48,7 +43,7 @@ def layer_norm(
     backend = choose(x)
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    return autograd.LayerNorm.apply(x, weight, bias, eps, backend)
+    return apply(autograd.LayerNorm, x, weight, bias, eps, backend)
 
 
 def add_layer_norm(
@@ -73,12 +68,13 @@ def add_layer_norm(
         TypeError, ValueError: a wrong argument, named.
     """
     _check(x, weight, bias)
-    check_floating("residual", residual)
-    check_shape("residual", residual, tuple(x.shape), "that of x")
-    check_same_device("residual", residual, "x", x)
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    x, residual = distinct(x.to(dtype), residual.to(dtype))
+    check_tensor("residual", residual)
+    check_parameter("residual", residual, "x", x, x.shape, "that of x")
+    if x.dtype != residual.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    x, residual = distinct(x, residual)
     backend = choose(x)
     if backend == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)
-    return autograd.AddLayerNorm.apply(x, residual, weight, bias, eps, backend)
+    return apply(autograd.AddLayerNorm, x, residual, weight, bias, eps, backend)

@@ -4,7 +4,7 @@ forward   s = x + residual;  mean, var over C;  y = (s - mean) rstd w + b,  rstd
 backward  xhat = (s - mean) rstd;  g = dy w;  dx = rstd (g - mean(g) - xhat mean(g xhat)) + dsum
           dw = sum over rows of dy xhat;  db = sum over rows of dy
 source    Ba et al. 2016; the derivative by hand.
-layout    rows (R, C) with contiguous columns and any row stride; statistics (R,) fp32.
+layout    rows (R, C) with contiguous columns and any row stride; mean and rstd (2, R) fp32.
 moves     forward reads x (and the residual) and writes y (and s) once; backward reads dy, s (and
           dsum) and writes dx once, besides P partial sums of 2 C.
 work      a program holds ROWS whole rows in registers, so that the variance is that of centred
@@ -70,8 +70,7 @@ def _forward_kernel(
     bias,
     total,
     y,
-    mean,
-    rstd,
+    statistics,
     count,
     columns,
     x_stride,
@@ -98,8 +97,8 @@ def _forward_kernel(
     center += tl.sum(tl.where(real, s - center[:, None], 0.0), 1) / columns
     centred = tl.where(real, s - center[:, None], 0.0)
     scale = 1 / tl.sqrt(tl.sum(centred * centred, 1) / columns + eps)
-    tl.store(mean + row, center, mask=row < count)
-    tl.store(rstd + row, scale, mask=row < count)
+    tl.store(statistics + row, center, mask=row < count)
+    tl.store(statistics + count + row, scale, mask=row < count)
     out = centred * scale[:, None]
     if weight is not None:
         out *= tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
@@ -114,8 +113,7 @@ def _backward_kernel(
     dsum,
     x,
     weight,
-    mean,
-    rstd,
+    statistics,
     dx,
     partials,
     count,
@@ -140,8 +138,8 @@ def _backward_kernel(
         g = tl.load(dy + row[:, None] * dy_stride + column[None, :], mask=mask, other=0.0)
         g = g.to(tl.float32)
         s = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
-        center = tl.load(mean + row, mask=row < count, other=0.0)
-        scale = tl.load(rstd + row, mask=row < count, other=0.0)
+        center = tl.load(statistics + row, mask=row < count, other=0.0)
+        scale = tl.load(statistics + count + row, mask=row < count, other=0.0)
         xhat = tl.where(mask, (s.to(tl.float32) - center[:, None]) * scale[:, None], 0.0)
         if PARAMETERS:
             dweight += tl.sum(g * xhat, 0)
@@ -173,12 +171,12 @@ def _configure(x: Tensor, backward: bool, run: Callable[[Config], None]) -> Conf
 
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """On rows x (R, C): (x + residual or None, y (R, C), mean (R,) fp32, rstd (R,) fp32)."""
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """On rows x (R, C): (x + residual or None, y (R, C), statistics: mean, rstd (2, R) fp32)."""
     count, columns = x.shape
     y = x.new_empty(x.shape)
     total = None if residual is None else x.new_empty(x.shape)
-    mean, rstd = (x.new_empty((count,), dtype=torch.float32) for _ in range(2))
+    statistics = x.new_empty((2, count), dtype=torch.float32)
 
     def run(config: Config) -> None:
         launch(
@@ -190,8 +188,7 @@ def forward(
             bias,
             total,
             y,
-            mean,
-            rstd,
+            statistics,
             count,
             columns,
             x.stride(0),
@@ -203,7 +200,7 @@ def forward(
         )
 
     run(_configure(x, False, run))
-    return total, y, mean, rstd
+    return total, y, statistics
 
 
 def backward(
@@ -211,8 +208,7 @@ def backward(
     dsum: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     need_input: bool,
     need_parameters: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -234,8 +230,7 @@ def backward(
             dsum,
             x,
             weight,
-            mean,
-            rstd,
+            statistics,
             dx,
             partials,
             count,

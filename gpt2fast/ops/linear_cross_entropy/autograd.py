@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2fast.backends import load
-from gpt2fast.ops.registry import register, rows
+from gpt2fast.ops.registry import call, register, rows
 
 
 def _forward(
@@ -187,8 +187,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         options = (ignore_index, label_smoothing, z_loss, reduction, vocab_size, chunk_bytes)
         early = reduction != "none"
-        loss, logprobs, statistics, dx, dweight = linear_cross_entropy_forward(
-            x, weight, targets, *options, need_dx and early, need_dweight and early, backend
+        loss, logprobs, statistics, dx, dweight = call(
+            linear_cross_entropy_forward,
+            x,
+            weight,
+            targets,
+            *options,
+            need_dx and early,
+            need_dweight and early,
+            backend,
         )
         kept = (dx, dweight) if compiling else (None, None)
         ctx.save_for_backward(x, weight, targets, statistics, *kept)
@@ -209,11 +216,19 @@ class LinearCrossEntropy(torch.autograd.Function):
             gradients, ctx.gradients = ctx.gradients, None
             for gradient in gradients:
                 if gradient is not None:
-                    linear_cross_entropy_scale(gradient, dloss, ctx.backend)
+                    call(linear_cross_entropy_scale, gradient, dloss, ctx.backend)
         else:
             x, weight, targets, statistics, *_kept = ctx.saved_tensors
-            gradients = linear_cross_entropy_backward(
-                dloss, x, weight, targets, statistics, *ctx.options, *ctx.needs, ctx.backend
+            gradients = call(
+                linear_cross_entropy_backward,
+                dloss,
+                x,
+                weight,
+                targets,
+                statistics,
+                *ctx.options,
+                *ctx.needs,
+                ctx.backend,
             )
         cast = [
             None if g is None else g.to(dtype)

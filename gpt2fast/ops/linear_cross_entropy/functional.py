@@ -9,6 +9,7 @@ from gpt2fast.backends import choose
 from gpt2fast.ops.checks import autocast, check_floating, check_same_device, check_same_dtype
 from gpt2fast.ops.cross_entropy.functional import check_options, check_targets
 from gpt2fast.ops.linear_cross_entropy import autograd, reference
+from gpt2fast.ops.registry import apply
 
 CHUNK_BYTES = 128 << 20
 
@@ -104,7 +105,8 @@ def linear_cross_entropy(
         loss, logprobs = reference.linear_cross_entropy(x, weight, targets, *options)
     else:
         wanted = torch.is_grad_enabled()
-        loss, logprobs = autograd.LinearCrossEntropy.apply(
+        loss, logprobs = apply(
+            autograd.LinearCrossEntropy,
             x,
             weight,
             targets,
