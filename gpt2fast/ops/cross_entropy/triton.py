@@ -52,7 +52,7 @@ def rule(columns: int, itemsize: int, reread: bool, smoothing: bool) -> Config:
     more where rows are read twice, so that the rows under way (98 KB in bf16 at GPT-2's vocabulary)
     are few: some two on a multiprocessor. There smoothing would spill with four pieces."""
     if INTERPRETED:
-        return Config(4, 2, 32)
+        return Config(4, 2, 16)
     pieces = columns * itemsize // 512  # of 16 bytes for each lane of a warp
     most = 8 * itemsize if reread else 8
     warps = min(most, 1 << max(0, (pieces // 4).bit_length() - 1))
