@@ -87,3 +87,21 @@ for _dtype in (BF16, FP32):
                     dtype, stride, features
                 )
             )
+
+
+def _linear_cross_entropy(width: int, dtype: torch.dtype) -> None:
+    backend = load("linear_cross_entropy", "triton")
+    x, weight = empty(ROWS, width, dtype=dtype), empty(50304, width, dtype=dtype)
+    targets, statistics = empty(ROWS, dtype=torch.int64), empty(ROWS, 2, dtype=FP32)
+    options = (-100, 0.0, 0.0, "mean", 50257, 512 << 20)
+    backend.forward(x, weight, targets, *options, False, False)
+    backend.forward(x, weight, targets, *options, True, True)
+    backend.backward(empty(dtype=FP32), x, weight, targets, statistics, *options, True, True)
+    backend.scale(empty(ROWS, width, dtype=FP32), empty(dtype=FP32))
+
+
+for _size, _width in WIDTHS.items():
+    for _dtype in (BF16, FP32) if _size == "gpt2" else (BF16,):
+        case(f"linear_cross_entropy {_size} {str(_dtype).removeprefix('torch.')}")(
+            lambda width=_width, dtype=_dtype: _linear_cross_entropy(width, dtype)
+        )
