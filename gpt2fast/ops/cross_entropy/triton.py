@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2fast.ops.triton_common import INTERPRETED, launch, tuned
+from gpt2fast.ops.triton_common import INTERPRETED, launch, power_of_two, tuned
 
 LOWEST = (
     -3.4028234663852886e38
@@ -47,12 +47,12 @@ class Config:
     rows: int = 1
 
 
-def rule(columns: int, itemsize: int, reread: bool, smoothing: bool) -> Config:
+def rule(rows: int, columns: int, itemsize: int, reread: bool, smoothing: bool) -> Config:
     """Four pieces a thread, and as many warps as still have some full tiles in a row: up to 8, or
     more where rows are read twice, so that the rows under way (98 KB in bf16 at GPT-2's vocabulary)
     are few: some two on a multiprocessor. There smoothing would spill with four pieces."""
     if INTERPRETED:
-        return Config(4, 2, 16)
+        return Config(4, 2, min(16, power_of_two(rows)))  # it likes few programs
     pieces = columns * itemsize // 512  # of 16 bytes for each lane of a warp
     most = 8 * itemsize if reread else 8
     warps = min(most, 1 << max(0, (pieces // 4).bit_length() - 1))
@@ -73,25 +73,15 @@ def _tile(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _rows(v):
-    """Values of rows beside a tile."""
-    return v[:, None, None, None]
-
-
-@triton.jit
-def _over(v):
-    """The sum of a tile over what a lane has."""
-    return tl.sum(tl.sum(v, 3), 1)
-
-
-@triton.jit
 def _absorb(x, most, total):
     """Takes a tile into the running maximum and sum of exponentials of each lane.
 
     tl.max passes a NaN by; it comes back through the exponential.
     """
     grown = tl.maximum(most, tl.max(tl.max(x, 3), 1))
-    return grown, total * tl.exp(most - grown) + _over(tl.exp(x - grown[:, None, :, None]))
+    return grown, total * tl.exp(most - grown) + tl.sum(
+        tl.sum(tl.exp(x - grown[:, None, :, None]), 3), 1
+    )
 
 
 @triton.jit
@@ -130,8 +120,9 @@ def _write_rows(
     """exp(z - most) * scale - rest in the classes, 0 after them. Only `valid` rows are read; the
     others have numbers that make this 0."""
     kind = out.dtype.element_ty
-    there, valid, head = _rows(there), _rows(valid), _rows(head)
-    most, scale, rest = _rows(most), _rows(scale), _rows(rest)
+    there, valid = there[:, None, None, None], valid[:, None, None, None]
+    head, most = head[:, None, None, None], most[:, None, None, None]
+    scale, rest = scale[:, None, None, None], rest[:, None, None, None]
     tile = _tile(UNROLL, LANES, VEC)
     small = _tile(1, LANES, VEC)
     if not ALIGNED:
@@ -209,34 +200,37 @@ def _forward_kernel(
 
     tile = _tile(UNROLL, LANES, VEC)
     small = _tile(1, LANES, VEC)
-    z = logits + _rows(start)
+    # What belongs to a row, beside a tile.
+    z = logits + start[:, None, None, None]
+    read, first_column = valid[:, None, None, None], head[:, None, None, None]
+    level = shift[:, None, None, None]
     # The maximum of nothing is fp32's lowest number, which unlike -inf can be subtracted.
     most = tl.full((ROWS, LANES), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((ROWS, LANES), tl.float32)
     plain = tl.zeros((ROWS, LANES), tl.float32)
     if not ALIGNED:
-        real = (small < _rows(tl.minimum(head, classes))) & _rows(valid)
-        first = tl.load(z + (small - _rows(head)), mask=real, other=-float("inf")).to(tl.float32)
+        real = (small < tl.minimum(first_column, classes)) & read
+        first = tl.load(z + (small - first_column), mask=real, other=-float("inf")).to(tl.float32)
         most, total = _absorb(first, most, total)
         if SMOOTHING:
-            plain += _over(tl.where(real, first - _rows(shift), 0.0))
+            plain += tl.sum(tl.sum(tl.where(real, first - level, 0.0), 3), 1)
     full = _full_tiles(classes, UNROLL * LANES * VEC, VEC, ALIGNED)
     for i in range(full):
         # Those that are read again should stay in the cache.
         policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
         place = z + (i * (UNROLL * LANES * VEC) + tile)
-        x = tl.load(place, mask=_rows(valid), other=0.0, eviction_policy=policy).to(tl.float32)
+        x = tl.load(place, mask=read, other=0.0, eviction_policy=policy).to(tl.float32)
         most, total = _absorb(x, most, total)
         if SMOOTHING:
-            plain += _over(x - _rows(shift))
+            plain += tl.sum(tl.sum(x - level, 3), 1)
     for begin in range(full * (UNROLL * LANES * VEC), classes, LANES * VEC):
         c = begin + small
-        mask = (c < readable - _rows(head)) & _rows(valid)
+        mask = (c < readable - first_column) & read
         x = tl.load(z + c, mask=mask, other=-float("inf")).to(tl.float32)
-        real = c < classes - _rows(head)
+        real = c < classes - first_column
         most, total = _absorb(tl.where(real, x, -float("inf")), most, total)
         if SMOOTHING:
-            plain += _over(tl.where(real, x - _rows(shift), 0.0))
+            plain += tl.sum(tl.sum(tl.where(real, x - level, 0.0), 3), 1)
 
     highest = tl.max(most, 1)
     total = tl.sum(total * tl.exp(most - highest[:, None]), 1)
@@ -329,8 +323,8 @@ def _backward_kernel(
     # The same stride has the same boundaries, which the compiler sees in `start` alone.
     out_start = start if SAME_STRIDE else row * dlogits_stride + head
     _write_rows(
-        logits + _rows(start),
-        dlogits + _rows(out_start),
+        logits + start[:, None, None, None],
+        dlogits + out_start[:, None, None, None],
         there,
         valid,
         head,
@@ -452,7 +446,7 @@ def forward_rows(
             **layout,
         )
 
-    chosen = rule(vocab_size, logits.element_size(), gradient, label_smoothing != 0)
+    chosen = rule(rows, vocab_size, logits.element_size(), gradient, label_smoothing != 0)
     # What overwrites its input cannot be repeated on it.
     run(chosen if gradient else _tuned("forward", logits, vocab_size, chosen, run))
 
@@ -534,7 +528,7 @@ def backward_rows(
             **layout,
         )
 
-    chosen = rule(vocab_size, logits.element_size(), False, False)
+    chosen = rule(rows, vocab_size, logits.element_size(), False, False)
     run(chosen if inplace else _tuned("backward", logits, vocab_size, chosen, run))
 
 
