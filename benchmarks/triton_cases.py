@@ -5,6 +5,7 @@ is recorded (gpt2fast.ops.triton_common.recording). benchmarks/tune.py runs the 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,11 +83,7 @@ for _dtype in (BF16, FP32):
             case(
                 f"cross_entropy {_stride} {str(_dtype).removeprefix('torch.')}"
                 + (" smoothing+z" if _features else "")
-            )(
-                lambda dtype=_dtype, stride=_stride, features=_features: _cross_entropy(
-                    dtype, stride, features
-                )
-            )
+            )(partial(_cross_entropy, _dtype, _stride, _features))
 
 
 def _linear_cross_entropy(width: int, dtype: torch.dtype) -> None:
@@ -103,5 +100,5 @@ def _linear_cross_entropy(width: int, dtype: torch.dtype) -> None:
 for _size, _width in WIDTHS.items():
     for _dtype in (BF16, FP32) if _size == "gpt2" else (BF16,):
         case(f"linear_cross_entropy {_size} {str(_dtype).removeprefix('torch.')}")(
-            lambda width=_width, dtype=_dtype: _linear_cross_entropy(width, dtype)
+            partial(_linear_cross_entropy, _width, _dtype)
         )

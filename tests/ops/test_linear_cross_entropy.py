@@ -384,7 +384,8 @@ def test_opcheck(here: str) -> None:
     tensors = (i["x"].view(2, 3, 16), i["weight"], i["targets"].view(2, 3))
     for reduction in REDUCTIONS:
         options = (-100, 0.1, 1e-3, reduction, 70, bytes_for(4, 70))
-        for need in ((True, True), (True, False), (False, True), (False, False)):
+        needs = ((True, True), (True, False), (False, True), (False, False))
+        for need in needs if reduction == "mean" else needs[:1]:
             torch.library.opcheck(
                 autograd.linear_cross_entropy_forward, (*tensors, *options, *need, here)
             )

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpt2fast.ops.cross_entropy.triton import backward_rows, count_of, forward_rows, reduced
-from gpt2fast.ops.triton_common import INTERPRETED, Target, launch, target_of, tuned
+from gpt2fast.ops.triton_common import INTERPRETED, Target, launch, power_of_two, target_of, tuned
 
 # ---- a product in fp32 of half-precision matrices ----------------------------------------------------
 
@@ -48,11 +48,12 @@ class Config:
     group: int = 8  # tile rows that run together, so that their operands stay in the L2 cache
 
 
-def rule(target: Target, add: bool) -> Config:
+def rule(target: Target, rows: int, inner: int, add: bool) -> Config:
     """The largest tiles whose stages fit shared memory and whose sums fit the registers, twice where
     they are added to what is there."""
     if INTERPRETED:
-        return Config(256, 64, 128, 4, 1)
+        high, deep = (max(16, min(512, power_of_two(n))) for n in (rows, inner))
+        return Config(high, 64, deep, 4, 1)
     if target.arch < 90:
         return Config(128, 128, 32, 8, 4)
     return Config(128, 256 if target.arch == 90 and not add else 128, 64, 8, 4)
@@ -139,7 +140,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
             stages=config.stages,
         )
 
-    config = rule(target_of(a), add)
+    config = rule(target_of(a), rows, inner, add)
     if not add:  # what adds to its output cannot be repeated on it
         key = (rows, columns, inner, a.stride(0) == 1, a.dtype)
         config = tuned("linear_cross_entropy", key, a, config, candidates(), run)
