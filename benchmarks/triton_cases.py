@@ -5,6 +5,7 @@ is recorded (gpt2fast.ops.triton_common.recording). benchmarks/tune.py runs the 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -130,3 +131,47 @@ for _dtype, _masters in ((FP32, False), (BF16, False), (BF16, True)):
         _name = f"adamw {str(_dtype).removeprefix('torch.')}"
         _name += " master" * _masters + " capturable" * _capturable
         case(_name)(lambda d=_dtype, m=_masters, c=_capturable: _adamw(d, m, c))
+
+
+def _cross_entropy(dtype: torch.dtype, stride: int, features: float) -> None:
+    backend = load("cross_entropy", "triton")
+    logits = empty(ROWS, stride, dtype=dtype)[:, :50257]
+    targets, statistics = empty(ROWS, dtype=torch.int64), empty(ROWS, 2, dtype=FP32)
+    losses, count = empty(ROWS, dtype=FP32), empty(dtype=FP32)
+    options = (-100, features, features)
+    backend.forward(logits, targets, *options, "mean", 50257)
+    backend.backward(count, logits, targets, statistics, logits, *options, "mean", 50257)
+    fused = (logits, targets, losses, losses, statistics, count, *options, 50257, True)
+    backend.forward_rows(*fused)
+    if stride > 50257:  # the padded vocabulary, whose last columns are no classes
+        padded = empty(ROWS, stride, dtype=dtype)
+        backend.forward(padded, targets, *options, "mean", 50257)
+        backend.backward(count, padded, targets, statistics, padded, *options, "mean", 50257)
+        backend.forward_rows(padded, *fused[1:])
+
+
+for _dtype in (BF16, FP32):
+    for _stride in (50304, 50257):
+        for _features in (0.0, 0.1):
+            case(
+                f"cross_entropy {_stride} {str(_dtype).removeprefix('torch.')}"
+                + (" smoothing+z" if _features else "")
+            )(partial(_cross_entropy, _dtype, _stride, _features))
+
+
+def _linear_cross_entropy(width: int, dtype: torch.dtype) -> None:
+    backend = load("linear_cross_entropy", "triton")
+    x, weight = empty(ROWS, width, dtype=dtype), empty(50304, width, dtype=dtype)
+    targets, statistics = empty(ROWS, dtype=torch.int64), empty(ROWS, 2, dtype=FP32)
+    options = (-100, 0.0, 0.0, "mean", 50257, 512 << 20)
+    backend.forward(x, weight, targets, *options, False, False)
+    backend.forward(x, weight, targets, *options, True, True)
+    backend.backward(empty(dtype=FP32), x, weight, targets, statistics, *options, True, True)
+    backend.scale(empty(ROWS, width, dtype=FP32), empty(dtype=FP32))
+
+
+for _size, _width in WIDTHS.items():
+    for _dtype in (BF16, FP32) if _size == "gpt2" else (BF16,):
+        case(f"linear_cross_entropy {_size} {str(_dtype).removeprefix('torch.')}")(
+            partial(_linear_cross_entropy, _width, _dtype)
+        )

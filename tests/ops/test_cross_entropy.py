@@ -1,15 +1,23 @@
 """cross_entropy: the fp64 rule, hard logits, padding, layouts, errors, torch.compile."""
 
 import mmap
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import gpt2fast
+from gpt2fast import backends
 from gpt2fast.functional import cross_entropy
 from gpt2fast.ops.cross_entropy import autograd
-from tests.ops.numerics import DTYPES, assert_accurate, assert_compiles, assert_deterministic
+from tests.ops.numerics import (
+    DTYPES,
+    assert_accurate,
+    assert_compiles,
+    assert_deterministic,
+    device_of,
+)
 
 VOCAB, PADDED = 50257, 50304
 REDUCTIONS = ("none", "mean", "sum")
@@ -19,6 +27,13 @@ OPTIONS = (
     {"z_loss": 1e-3},
     {"label_smoothing": 0.2, "z_loss": 1e-2},
 )
+
+
+@pytest.fixture
+def here(backend: str) -> Iterator[str]:
+    """Everything in the test is on a backend and its device."""
+    with gpt2fast.use_backend(backend), device_of(backend):
+        yield backend
 
 
 def some_targets(rows: int, classes: int, ignored: bool = True) -> Tensor:
@@ -35,26 +50,33 @@ def loss_of(logits: Tensor, targets: Tensor, **options: object) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("classes", [1, 5, 80, 768, 2047, 2049, 4133])
-def test_cross_entropy(isa: str, classes: int, options: dict, dtype: torch.dtype) -> None:
+def test_cross_entropy(backend: str, classes: int, options: dict, dtype: torch.dtype) -> None:
     for rows, reduction in ((1, "mean"), (3, "none"), (17, "sum")):
         inputs = {"logits": 3 * torch.randn(rows, classes), "targets": some_targets(rows, classes)}
         assert_accurate(
             lambda reduction=reduction, **kw: loss_of(reduction=reduction, **kw, **options),
             inputs,
             dtype=dtype,
+            backend=backend,
         )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gpt2_vocabulary_with_its_odd_stride(isa: str, reduction: str, dtype: torch.dtype) -> None:
+def test_gpt2_vocabulary_with_its_odd_stride(
+    backend: str, reduction: str, dtype: torch.dtype
+) -> None:
     inputs = {"logits": 2 * torch.randn(2, 3, VOCAB), "targets": some_targets(6, VOCAB).view(2, 3)}
-    assert_accurate(lambda **kw: loss_of(reduction=reduction, **kw), inputs, dtype=dtype)
+
+    def loss(**kw: object) -> Tensor:
+        return loss_of(reduction=reduction, **kw)
+
+    assert_accurate(loss, inputs, dtype=dtype, backend=backend)
 
 
 @pytest.mark.parametrize("options", OPTIONS[::3])
 @pytest.mark.parametrize("garbage", [0.0, 1e4, float("inf"), float("nan")])
-def test_pad_columns_carry_no_probability(isa: str, garbage: float, options: dict) -> None:
+def test_pad_columns_carry_no_probability(here: str, garbage: float, options: dict) -> None:
     logits = torch.randn(5, PADDED)
     logits[:, VOCAB:] = garbage
     targets = some_targets(5, VOCAB)
@@ -73,12 +95,13 @@ def test_pad_columns_carry_no_probability(isa: str, garbage: float, options: dic
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("vocab_size", [1, 50, 79, 80])
-def test_vocab_size(isa: str, vocab_size: int, options: dict, dtype: torch.dtype) -> None:
+def test_vocab_size(backend: str, vocab_size: int, options: dict, dtype: torch.dtype) -> None:
     inputs = {"logits": torch.randn(9, 80), "targets": some_targets(9, vocab_size)}
     assert_accurate(
         lambda **kw: loss_of(vocab_size=vocab_size, reduction="sum", **kw, **options),
         inputs,
         dtype=dtype,
+        backend=backend,
     )
 
 
@@ -88,7 +111,7 @@ def test_vocab_size(isa: str, vocab_size: int, options: dict, dtype: torch.dtype
     ["sure and right", "sure and wrong", "one huge", "huge offset", "huge negative", "spread"],
 )
 @pytest.mark.parametrize("width", [80, 5000])
-def test_hard_logits(isa: str, width: int, case: str, options: dict) -> None:
+def test_hard_logits(backend: str, width: int, case: str, options: dict) -> None:
     rows = 16
     logits, targets = torch.randn(rows, width), torch.randint(0, width, (rows,))
     each = torch.arange(rows)
@@ -109,11 +132,12 @@ def test_hard_logits(isa: str, width: int, case: str, options: dict) -> None:
     assert_accurate(
         lambda **kw: loss_of(reduction="none", **kw, **options),
         {"logits": logits, "targets": targets},
+        backend=backend,
     )
 
 
 @pytest.mark.parametrize("masked", ["some", "first blocks", "all but the target"])
-def test_masked_logits(isa: str, masked: str) -> None:
+def test_masked_logits(backend: str, masked: str) -> None:
     logits, targets = torch.randn(7, 5000), torch.randint(4500, 5000, (7,))
     if masked == "some":
         logits[torch.rand(7, 5000) < 0.5] = -torch.inf
@@ -123,22 +147,24 @@ def test_masked_logits(isa: str, masked: str) -> None:
         logits[:] = -torch.inf
     logits[torch.arange(7), targets] = 1.0
     inputs = {"logits": logits, "targets": targets}
-    assert_accurate(lambda **kw: loss_of(reduction="none", **kw), inputs)
-    leaf = logits.clone().requires_grad_()
-    cross_entropy(leaf, targets).backward()
+    assert_accurate(lambda **kw: loss_of(reduction="none", **kw), inputs, backend=backend)
+    with gpt2fast.use_backend(backend):
+        logits, targets = (t.to(device_of(backend)) for t in (logits, targets))
+        leaf = logits.clone().requires_grad_()
+        cross_entropy(leaf, targets).backward()
     assert (leaf.grad[logits == -torch.inf] == 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("column", [0, 79, 4999])
-def test_bad_logits_show_in_the_loss(isa: str, value: float, column: int) -> None:
+def test_bad_logits_show_in_the_loss(here: str, value: float, column: int) -> None:
     logits = torch.randn(3, 5000)
     logits[1, column] = value
     loss = cross_entropy(logits, torch.tensor([5, 6, 7]), reduction="none")
     assert loss.isnan().tolist() == [False, True, False]
 
 
-def test_impossible_targets_match_torch(isa: str) -> None:
+def test_impossible_targets_match_torch(here: str) -> None:
     logits, targets = torch.randn(3, 80), torch.tensor([5, 6, 7])
     logits[1, 6] = logits[2] = -torch.inf
     for smoothing in (0.0, 0.1):
@@ -149,7 +175,7 @@ def test_impossible_targets_match_torch(isa: str) -> None:
         torch.testing.assert_close(measured, expected, equal_nan=True)
 
 
-def test_matches_torch(isa: str) -> None:
+def test_matches_torch(here: str) -> None:
     logits, targets = torch.randn(33, 997), some_targets(33, 997)
     for reduction in REDUCTIONS:
         for smoothing in (0.0, 0.1, 1.0):
@@ -161,17 +187,19 @@ def test_matches_torch(isa: str) -> None:
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 79, 10**9])
-def test_ignore_index(isa: str, ignore_index: int) -> None:
+def test_ignore_index(backend: str, ignore_index: int) -> None:
     targets = torch.randint(1, 79, (9,))
     targets[[0, 4, 8]] = ignore_index
     for options in OPTIONS:
         inputs = {"logits": torch.randn(9, 80), "targets": targets}
         assert_accurate(
-            lambda o=options, **kw: loss_of(ignore_index=ignore_index, **o, **kw), inputs
+            lambda o=options, **kw: loss_of(ignore_index=ignore_index, **o, **kw),
+            inputs,
+            backend=backend,
         )
 
 
-def test_ignored_rows_are_not_read(isa: str) -> None:
+def test_ignored_rows_are_not_read(here: str) -> None:
     logits = torch.full((2, 80), float("nan"))
     logits[0] = 0
     logits.requires_grad_()
@@ -181,20 +209,20 @@ def test_ignored_rows_are_not_read(isa: str) -> None:
     assert torch.equal(logits.grad[1], torch.zeros(80))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_all_ignored(backend: str, options: dict) -> None:
+def test_all_ignored(here: str, options: dict) -> None:
     for reduction, expected in (("mean", torch.nan), ("sum", 0.0), ("none", [0.0] * 3)):
-        logits = torch.randn(3, 80, requires_grad=True)
-        with gpt2fast.use_backend(backend):
-            loss = cross_entropy(logits, torch.full((3,), -100), reduction=reduction, **options)
-        loss.sum().backward()
-        assert torch.equal(logits.grad, torch.zeros(3, 80))
-        torch.testing.assert_close(loss.detach(), torch.tensor(expected), equal_nan=True)
+        for backend in (here, "reference"):
+            logits = torch.randn(3, 80, requires_grad=True)
+            with gpt2fast.use_backend(backend):
+                loss = cross_entropy(logits, torch.full((3,), -100), reduction=reduction, **options)
+            loss.sum().backward()
+            assert torch.equal(logits.grad, torch.zeros(3, 80))
+            torch.testing.assert_close(loss.detach(), torch.tensor(expected), equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 80), (0, 5, 80), (3, 0, 80)])
-def test_empty_batch(shape: tuple[int, ...]) -> None:
+def test_empty_batch(here: str, shape: tuple[int, ...]) -> None:
     for reduction in REDUCTIONS:
         logits = torch.randn(shape, requires_grad=True)
         targets = torch.zeros(shape[:-1], dtype=torch.int64)
@@ -204,52 +232,59 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
         assert logits.grad.shape == shape
 
 
-def test_one_row_without_batch() -> None:
+def test_one_row_without_batch(backend: str) -> None:
     for reduction in REDUCTIONS:
         inputs = {"logits": torch.randn(80), "targets": torch.tensor(3)}
-        assert_accurate(lambda r=reduction, **kw: loss_of(reduction=r, **kw), inputs)
+        assert_accurate(
+            lambda r=reduction, **kw: loss_of(reduction=r, **kw), inputs, backend=backend
+        )
 
 
-def test_layouts() -> None:
+def test_layouts(backend: str) -> None:
     targets = some_targets(10, 80).view(2, 5)
     packed = torch.randn(2, 5, 240)
     assert_accurate(
         lambda packed, targets: cross_entropy(packed[..., 80:160], targets),
         {"packed": packed, "targets": targets},
+        backend=backend,
     )
-    assert_accurate(loss_of, {"logits": torch.randn(80, 7).t(), "targets": some_targets(7, 80)})
+    inputs = {"logits": torch.randn(80, 7).t(), "targets": some_targets(7, 80)}
+    assert_accurate(loss_of, inputs, backend=backend)
     sequence = torch.randint(0, 80, (2, 6))
-    assert_accurate(loss_of, {"logits": torch.randn(2, 5, 80), "targets": sequence[:, 1:]})
-    shared = torch.randn(1, 80, requires_grad=True)
-    cross_entropy(shared.expand(7, 80), targets.view(-1)[:7].clamp(0)).backward()
+    inputs = {"logits": torch.randn(2, 5, 80), "targets": sequence[:, 1:]}
+    assert_accurate(loss_of, inputs, backend=backend)
+    with gpt2fast.use_backend(backend):
+        shared = torch.randn(1, 80, device=device_of(backend), requires_grad=True)
+        some = targets.view(-1)[:7].clamp(0).to(shared.device)
+        cross_entropy(shared.expand(7, 80), some).backward()
     assert shared.grad.isfinite().all()
 
 
-def test_int32_targets() -> None:
+def test_int32_targets(here: str) -> None:
     logits, targets = torch.randn(9, 80), some_targets(9, 80)
     assert torch.equal(cross_entropy(logits, targets), cross_entropy(logits, targets.int()))
 
 
-def test_upstream_gradients_of_any_stride(isa: str) -> None:
+def test_upstream_gradients_of_any_stride(backend: str) -> None:
     targets = some_targets(10, 80).view(2, 5)
     inputs = {"logits": torch.randn(2, 5, 80), "targets": targets}
-    assert_accurate(lambda **kw: loss_of(reduction="none", **kw).sum(), inputs)
-    assert_accurate(lambda **kw: loss_of(reduction="none", **kw).t(), inputs)
-    assert_accurate(lambda **kw: loss_of(reduction="none", **kw).sum(0), inputs)
-    assert_accurate(lambda **kw: loss_of(reduction="none", **kw)[:, ::2], inputs)
+    assert_accurate(lambda **kw: loss_of(reduction="none", **kw).sum(), inputs, backend=backend)
+    assert_accurate(lambda **kw: loss_of(reduction="none", **kw).t(), inputs, backend=backend)
+    assert_accurate(lambda **kw: loss_of(reduction="none", **kw).sum(0), inputs, backend=backend)
+    assert_accurate(lambda **kw: loss_of(reduction="none", **kw)[:, ::2], inputs, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_loss_is_fp32(dtype: torch.dtype) -> None:
+def test_loss_is_fp32(here: str, dtype: torch.dtype) -> None:
     logits, targets = torch.randn(9, 80).to(dtype), some_targets(9, 80)
-    for backend in ("cpu", "reference"):
+    for backend in (here, "reference"):
         with gpt2fast.use_backend(backend):
             assert cross_entropy(logits, targets).dtype == torch.float32
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(logits.device.type, torch.bfloat16):
                 assert cross_entropy(logits, targets).dtype == torch.float32
 
 
-def test_row_offsets_beyond_32_bits(isa: str) -> None:
+def test_row_offsets_beyond_32_bits(backend: str) -> None:
     """Two rows 2^31 + 64 elements apart in a sparse mapping, of which only their pages exist."""
     stride, classes = 2**31 + 64, 80
     space = torch.frombuffer(mmap.mmap(-1, 4 * (stride + classes)), dtype=torch.float32)
@@ -257,14 +292,15 @@ def test_row_offsets_beyond_32_bits(isa: str) -> None:
     values, targets = torch.randn(2, classes), torch.tensor([3, 79])
     logits.copy_(values)
     expected = values.clone().requires_grad_()
-    loss = cross_entropy(expected, targets, reduction="none")
+    with gpt2fast.use_backend(backend):
+        loss = cross_entropy(expected, targets, reduction="none")
     loss.sum().backward()
     measured, statistics = autograd.cross_entropy_forward(
-        logits, targets, -100, 0.0, 0.0, "none", classes, "cpu"
+        logits, targets, -100, 0.0, 0.0, "none", classes, backend
     )
     assert torch.equal(measured, loss)
     autograd.cross_entropy_backward_inplace(
-        torch.ones(2), logits, targets, statistics, -100, 0.0, 0.0, "none", classes, "cpu"
+        torch.ones(2), logits, targets, statistics, -100, 0.0, 0.0, "none", classes, backend
     )
     assert torch.equal(logits, expected.grad)
 
@@ -274,7 +310,7 @@ def test_row_offsets_beyond_32_bits(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_inplace_backward(isa: str, options: dict, dtype: torch.dtype) -> None:
+def test_inplace_backward(here: str, options: dict, dtype: torch.dtype) -> None:
     logits, targets = torch.randn(2, 9, 84).to(dtype), some_targets(18, 80).view(2, 9)
     for view in (lambda x: x, lambda x: x[..., :80]):
         results = []
@@ -289,7 +325,7 @@ def test_inplace_backward(isa: str, options: dict, dtype: torch.dtype) -> None:
         assert torch.equal(results[0][1], results[1][1])
 
 
-def test_inplace_backward_uses_the_storage() -> None:
+def test_inplace_backward_uses_the_storage(here: str) -> None:
     seen = []
     logits = torch.randn(9, 80, requires_grad=True) * 1
     logits.register_hook(lambda g: seen.append(g.data_ptr()))
@@ -297,7 +333,7 @@ def test_inplace_backward_uses_the_storage() -> None:
     assert seen == [logits.data_ptr()]
 
 
-def test_inplace_backward_runs_once() -> None:
+def test_inplace_backward_runs_once(here: str) -> None:
     leaf, targets = torch.randn(9, 80, requires_grad=True), some_targets(9, 80)
     loss = cross_entropy(leaf * 1, targets, inplace_backward=True)
     loss.backward(retain_graph=True)
@@ -307,7 +343,7 @@ def test_inplace_backward_runs_once() -> None:
     assert torch.equal(leaf.grad, before)
 
 
-def test_inplace_backward_is_seen_by_other_ops() -> None:
+def test_inplace_backward_is_seen_by_other_ops(here: str) -> None:
     leaf, targets = torch.randn(9, 80, requires_grad=True), some_targets(9, 80)
     logits = leaf.tanh()  # saves its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -330,7 +366,7 @@ def test_inplace_backward_refuses_what_it_cannot_do() -> None:
 # ---- PyTorch's machinery ----
 
 
-def test_deterministic() -> None:
+def test_deterministic(here: str) -> None:
     logits, targets = torch.randn(33, 5000), some_targets(33, 5000)
 
     def run() -> list[Tensor]:
@@ -341,7 +377,7 @@ def test_deterministic() -> None:
     assert_deterministic(run)
 
 
-def test_retained_graph_runs_twice() -> None:
+def test_retained_graph_runs_twice(here: str) -> None:
     leaf, targets = torch.randn(9, 80, requires_grad=True), some_targets(9, 80)
     loss = cross_entropy(leaf, targets)
     first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
@@ -350,21 +386,21 @@ def test_retained_graph_runs_twice() -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_compiles(reduction: str, inplace: bool) -> None:
-    targets = some_targets(6, 70)
+def test_compiles(backend: str, reduction: str, inplace: bool) -> None:
+    targets = some_targets(6, 70).to(device_of(backend))
 
     def head(x: Tensor, weight: Tensor) -> Tensor:
         return cross_entropy(
             x @ weight, targets, vocab_size=70, reduction=reduction, inplace_backward=inplace
         )
 
-    assert_compiles(head, {"x": torch.randn(6, 5), "weight": torch.randn(5, 80)}, "cpu")
+    assert_compiles(head, {"x": torch.randn(6, 5), "weight": torch.randn(5, 80)}, backend)
 
 
-def test_opcheck() -> None:
+def test_opcheck(here: str) -> None:
     logits, targets = torch.randn(2, 3, 80), some_targets(6, 70).view(2, 3)
     for reduction in REDUCTIONS:
-        options = (-100, 0.1, 1e-3, reduction, 70, "cpu")
+        options = (-100, 0.1, 1e-3, reduction, 70, here)
         torch.library.opcheck(autograd.cross_entropy_forward, (logits, targets, *options))
         loss, statistics = autograd.cross_entropy_forward(logits, targets, *options)
         arguments = (torch.ones_like(loss), logits, targets, statistics, *options)
@@ -384,11 +420,11 @@ def test_fp64_goes_to_the_reference() -> None:
     assert cross_entropy(torch.randn(3, 8).double(), torch.tensor([1, 2, 3])).dtype == torch.float64
 
 
-def test_reference_and_kernel_differ_in_bits() -> None:
+def test_reference_and_kernel_differ_in_bits(here: str) -> None:
     """Guards the tests themselves: `use_backend` really switches the code that runs."""
     logits, targets = torch.randn(64, 5000), some_targets(64, 5000)
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in (here, "reference"):
         leaf = logits.clone().requires_grad_()
         with gpt2fast.use_backend(backend):
             cross_entropy(leaf, targets).backward()
@@ -396,12 +432,33 @@ def test_reference_and_kernel_differ_in_bits() -> None:
     assert not torch.equal(*results)
 
 
-@pytest.mark.parametrize("target", [-1, 70, 75, 80, 2**40, -(2**40)])
+BAD_TARGETS = (-1, 70, 75, 80, 2**40, -(2**40))
+
+
+@pytest.mark.parametrize("target", BAD_TARGETS)
 def test_targets_outside_the_vocabulary(isa: str, target: int) -> None:
     targets = torch.zeros(2, 3, dtype=torch.int64)
     targets[1, 1] = target
     with pytest.raises(IndexError, match=f"targets has {target} at row 4.*70 classes 0 to 69"):
         cross_entropy(torch.zeros(2, 3, 80), targets, vocab_size=70)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_targets_outside_the_vocabulary_give_nan_on_a_gpu(inplace: bool, options: dict) -> None:
+    if not backends.status("triton").available:
+        pytest.skip(backends.status("triton").detail)
+    with gpt2fast.use_backend("triton"), device_of("triton"):
+        for target in BAD_TARGETS:
+            leaf = torch.randn(3, 80, requires_grad=True)
+            targets = torch.tensor([3, target, 69])
+            kw = {"vocab_size": 70, "inplace_backward": inplace, **options}
+            losses = cross_entropy(leaf * 1, targets, reduction="none", **kw)
+            losses.sum().backward()
+            assert losses.isnan().tolist() == [False, True, False]
+            assert leaf.grad[[0, 2]].isfinite().all()
+            assert leaf.grad[1, :70].isnan().all()
+            assert (leaf.grad[:, 70:] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -434,7 +491,7 @@ def test_wrong_arguments(
         cross_entropy(*(arguments or (torch.zeros(3, 4), torch.zeros(3).long())), **options)
 
 
-def test_targets_may_be_strided_views() -> None:
+def test_targets_may_be_strided_views(here: str) -> None:
     """Columns of a token table and expanded scalars: the kernel must see the values, not memory."""
     tokens = torch.randint(11, (6, 9))
     logits = torch.randn(6, 11)
@@ -444,7 +501,7 @@ def test_targets_may_be_strided_views() -> None:
 
 
 @pytest.mark.parametrize("hidden", ["all", "one"])
-def test_nan_before_the_first_finite_block_stays(isa: str, hidden: str) -> None:
+def test_nan_before_the_first_finite_block_stays(here: str, hidden: str) -> None:
     logits = torch.randn(1, 9000)
     logits[:, :4096] = float("nan") if hidden == "all" else -float("inf")
     logits[0, 5] = float("nan")
