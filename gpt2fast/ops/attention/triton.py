@@ -195,11 +195,12 @@ def _attend(
             seen = (column < keys)[None, :]
             if CAUSAL:
                 seen = seen & (column[None, :] <= row[:, None] + diagonal)
-            s = tl.where(seen, s, -1e38)
-        now = tl.maximum(top, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - now[:, None])
-        if MASKED:
-            p = tl.where(seen, p, 0.0)
+            s = tl.where(seen, s * scale, float("-inf"))
+            now = tl.maximum(tl.maximum(top, tl.max(s, 1)), -1e38)
+            p = tl.exp2(s - now[:, None])
+        else:
+            now = tl.maximum(top, tl.max(s, 1) * scale)
+            p = tl.exp2(s * scale - now[:, None])
         rescale = tl.exp2(top - now)
         total = total * rescale + tl.sum(p, 1)
         if DROPOUT:
@@ -256,6 +257,8 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    if v_t is None:  # k's and v's rows lie alike, as nearly always: the same offsets serve both
+        v_t = k_t
     tile, head = _place(tiles, batch_heads, group, True)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     q += h * q_h
@@ -453,6 +456,8 @@ def _dq_kernel(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    if v_t is None:  # k's and v's rows lie alike, as nearly always: the same offsets serve both
+        v_t = k_t
     tile, head = _place(tiles, batch_heads, group, True)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     begin = tile * ROWS
@@ -777,6 +782,12 @@ def _strides(problem: _Problem, *tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for t in tensors for stride in (0, *t.stride()[:2]))
 
 
+def _shared(strides: tuple[int, ...], first: int, second: int) -> tuple[int | None, ...]:
+    """`strides` with None in place `second` where it says the same as `first`."""
+    same = strides[first] == strides[second]
+    return tuple(None if same and i == second else s for i, s in enumerate(strides))
+
+
 def _run_forward(problem: _Problem, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     def run(config: Config) -> None:
         tiles = triton.cdiv(problem.queries, config.rows)
@@ -791,7 +802,7 @@ def _run_forward(problem: _Problem, q: Tensor, k: Tensor, v: Tensor, out: Tensor
             problem.seed,
             problem.q_starts,
             problem.k_starts,
-            *_strides(problem, q, k, v, out),
+            *_shared(_strides(problem, q, k, v, out), 4, 7),
             *problem.lse_strides,
             problem.batch * problem.heads,
             problem.heads,
@@ -857,7 +868,7 @@ def _run_backward(
             problem.seed,
             problem.q_starts,
             problem.k_starts,
-            *_strides(problem, dout, q, k, v, out, dq),
+            *_shared(_strides(problem, dout, q, k, v, out, dq), 7, 10),
             *common(tiles, problem.keys),
             EXACT=exact,
             **problem.constants(config, q.dtype),
