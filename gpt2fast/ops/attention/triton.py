@@ -60,13 +60,22 @@ FORWARD, DQ, DKV = "forward", "dq", "dkv"
 
 
 def rule(kind: str, size: int, dtype: torch.dtype, arch: int) -> Config:
-    """Tiles whose accumulators and scores fit the registers; checked by benchmarks/triton_report."""
-    width = max(16, power_of_two(size))
+    """Tiles whose accumulators and scores fit the registers, by benchmarks/triton_report.
+
+    At head size 64 eight warps on 128 rows leave forward at 111 registers on sm_90, so that two
+    programs share a multiprocessor and one computes exponentials while the other multiplies.
+    """
     if INTERPRETED:
-        return Config(64, 32, 4, 1)
+        return Config(64, 64, 4, 1)
     if dtype == torch.float32:
-        return Config(32, 32, 4, 1)
-    return Config(128, 64, 4 if width <= 64 else 8, 3)
+        return Config(32, 32, 4 if size <= 64 else 8, 1)
+    if size <= 64:
+        return Config(128, 64, 8, 2 if kind == DKV else 3)
+    if size > 128:
+        return Config(64, 32, 8, 2)
+    if kind == DKV:
+        return Config(64, 64, 8, 2) if arch < 90 else Config(128, 32, 8, 2)
+    return Config(128, 64 if kind == FORWARD and arch >= 90 else 32, 8, 2)
 
 
 def candidates(kind: str, size: int, dtype: torch.dtype) -> list[Config]:
@@ -314,7 +323,8 @@ def _forward_kernel(
         first, second, threshold, True, CAUSAL, seed is not None, COLUMNS, SIZE, WIDTH, PRECISION,
     )  # fmt: skip
     none = total == 0.0
-    acc *= tl.where(none, 0.0, factor / total)[:, None]
+    total = tl.where(none, 1.0, total)
+    acc *= (factor / total)[:, None]
     _store(out + begin.to(tl.int64) * out_t, out_t, queries - begin, acc, ROWS, SIZE, WIDTH)
     log_total = tl.log2(total)
     level = top + log_total
@@ -328,20 +338,26 @@ def _forward_kernel(
 
 
 @triton.jit
-def _slopes(s, dp, level, rest, delta, scale, kept, factor, EXACT: tl.constexpr, DROPOUT: tl.constexpr):
+def _slopes(
+    s, dp, level, rest, delta, scale, seen, kept, factor,
+    EXACT: tl.constexpr, EDGE: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
     """P, dropped out but for its factor, and dS from scores and dP; all broadcast.
 
-    EXACT is for fp32, where lse's rounding shows at large scores, and where delta rounds otherwise
-    than dP: where P is 1 the other keys weigh less than rounding does, and dS is 0.
+    delta is not summed as dP is, so dP - delta leaves rounding where P is 1 and the other keys weigh
+    nothing: there dS is 0. EXACT (fp32, where lse's own rounding shows too) and EDGE (blocks in which
+    a query may see one key only) look for that; elsewhere half precision rounds more.
     """
     p = s * scale - level
     if EXACT:
         p = p - rest
+    if MASKED:
+        p = tl.where(seen, p, float("-inf"))
     p = tl.exp2(p)
     if DROPOUT:
         dp = tl.where(kept, dp * factor, 0.0)
     ds = p * (dp - delta)
-    if EXACT:
+    if EXACT or EDGE:
         ds = tl.where(p == 1.0, 0.0, ds)
     if DROPOUT:
         p = tl.where(kept, p, 0.0)
@@ -386,17 +402,16 @@ def _gather(
         values = _load(v, v_t, keys - start, COLUMNS, SIZE, WIDTH, MASKED)
         s = tl.dot(q, tl.trans(keys_here), input_precision=PRECISION)
         dp = tl.dot(dout, tl.trans(values), input_precision=PRECISION)
-        kept = row[:, None] >= 0
+        seen = (column < keys)[None, :]
+        if CAUSAL:
+            seen = seen & (column[None, :] <= row[:, None] + diagonal)
+        kept = seen
         if DROPOUT:
             kept = _kept(first[:, None], second[:, None], column[None, :], threshold)
         _, ds = _slopes(
-            s, dp, level[:, None], rest[:, None], delta[:, None], scale, kept, factor, EXACT, DROPOUT
-        )
-        if MASKED:
-            seen = (column < keys)[None, :]
-            if CAUSAL:
-                seen = seen & (column[None, :] <= row[:, None] + diagonal)
-            ds = tl.where(seen, ds, 0.0)
+            s, dp, level[:, None], rest[:, None], delta[:, None], scale, seen, kept, factor,
+            EXACT, MASKED, MASKED, DROPOUT,
+        )  # fmt: skip
         dq = tl.dot(ds.to(keys_here.dtype), keys_here, dq, input_precision=PRECISION)
         k += COLUMNS * k_t
         v += COLUMNS * v_t
@@ -576,17 +591,15 @@ def _scatter(
             rest = tl.load(lse + plane + column, mask=column < queries, other=0.0)
         s = tl.dot(k, tl.trans(queries_here), input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout_here), input_precision=PRECISION)
-        kept = row[:, None] >= 0
+        seen = row[:, None] <= column[None, :] + diagonal
+        kept = seen
         if DROPOUT:
             one, two = _row_words(first, second, column)
             kept = _kept(one[None, :], two[None, :], row[:, None], threshold)
         p, ds = _slopes(
-            s, dp, level[None, :], rest[None, :], delta_here[None, :], scale, kept, factor, EXACT, DROPOUT
-        )
-        if MASKED:
-            seen = row[:, None] <= column[None, :] + diagonal
-            p = tl.where(seen, p, 0.0)
-            ds = tl.where(seen, ds, 0.0)
+            s, dp, level[None, :], rest[None, :], delta_here[None, :], scale, seen, kept, factor,
+            EXACT, MASKED or PARTIAL, MASKED, DROPOUT,
+        )  # fmt: skip
         dv = tl.dot(p.to(dout_here.dtype), dout_here, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(queries_here.dtype), queries_here, dk, input_precision=PRECISION)
         q += COLUMNS * q_t
@@ -756,7 +769,10 @@ class _Problem:
             raise ValueError(
                 f"the Triton attention takes head sizes of at most {WIDEST}, got {self.size}"
             )
-        key = (kind, self.batch, self.heads, self.queries, self.keys, self.size, q.dtype,
+        lengths = (self.queries, self.keys)
+        if self.q_starts is not None:  # the longest document is another in every batch
+            lengths = (power_of_two(self.queries), power_of_two(self.keys))
+        key = (kind, self.batch, self.heads, *lengths, self.size, q.dtype,
                self.causal, self.seed is not None, self.q_starts is not None)  # fmt: skip
         first = rule(kind, self.size, q.dtype, target_of(q).arch)
         return tuned("attention", key, q, first, candidates(kind, self.size, q.dtype), run)
@@ -957,4 +973,86 @@ def backward(
 ) -> None:
     """Writes the gradients into dq, dk, dv: (B, T, H, D) views with contiguous D, as the inputs."""
     problem = _problem(q, k, diagonal, scale, dropout_p, seed)
+    _run_backward(problem, dout, q, k, v, out, lse, dq, dk, dv)
+
+
+def _documents(
+    q: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> _Problem:
+    total, heads, size = q.shape
+    return _Problem(
+        q_starts.shape[0] - 1,
+        heads,
+        max_queries,
+        max_keys,
+        size,
+        causal,
+        0,
+        scale,
+        dropout_p,
+        seed,
+        (0, total, heads * total),
+        q_starts,
+        k_starts,
+    )
+
+
+def varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out like q, contiguous; lse and its rounding error in base 2, (2, H, total queries) fp32).
+
+    q, k, v: (total, H, D) views with contiguous D; starts: (B + 1,) contiguous.
+    """
+    total, heads, _ = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((2, heads, total), dtype=torch.float32)
+    problem = _documents(
+        q, q_starts, k_starts, max_queries, max_keys, causal, scale, dropout_p, seed
+    )
+    _run_forward(problem, q, k, v, out, lse)
+    return out, lse
+
+
+def varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """Writes the gradients into dq, dk, dv: (total, H, D) views with contiguous D, as the inputs."""
+    problem = _documents(
+        q, q_starts, k_starts, max_queries, max_keys, causal, scale, dropout_p, seed
+    )
     _run_backward(problem, dout, q, k, v, out, lse, dq, dk, dv)
