@@ -324,6 +324,7 @@ def _forward_kernel(
     )  # fmt: skip
     none = total == 0.0
     total = tl.where(none, 1.0, total)
+    top = tl.where(none, 0.0, top)
     acc *= (factor / total)[:, None]
     _store(out + begin.to(tl.int64) * out_t, out_t, queries - begin, acc, ROWS, SIZE, WIDTH)
     log_total = tl.log2(total)
@@ -589,7 +590,11 @@ def _scatter(
         rest = level
         if EXACT:
             rest = tl.load(lse + plane + column, mask=column < queries, other=0.0)
-        s = tl.dot(k, tl.trans(queries_here), input_precision=PRECISION)
+        if EXACT:  # formed as in forward, since lse fits those bits: another order of sums shows at
+            # scores of 1e4
+            s = tl.trans(tl.dot(queries_here, tl.trans(k), input_precision=PRECISION))
+        else:
+            s = tl.dot(k, tl.trans(queries_here), input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout_here), input_precision=PRECISION)
         seen = row[:, None] <= column[None, :] + diagonal
         kept = seen
