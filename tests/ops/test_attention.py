@@ -148,7 +148,9 @@ def test_scale(backend: str, scale: float) -> None:
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(97, 97), (5, 97), (97, 5), (1, 30)])
-def test_scaled_dot_product_attention(backend: str, queries: int, keys: int, is_causal: bool) -> None:
+def test_scaled_dot_product_attention(
+    backend: str, queries: int, keys: int, is_causal: bool
+) -> None:
     inputs = {
         name: value.transpose(1, 2).contiguous()
         for name, value in qkv_inputs(2, queries, keys, 3, 64, "query key value").items()

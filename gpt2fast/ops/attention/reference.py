@@ -1,5 +1,6 @@
 """Attention in plain PyTorch: the specification, differentiated by PyTorch."""
 
+import itertools
 import math
 
 import torch
@@ -96,7 +97,7 @@ def documents(
         ("k", k_starts, k.shape[0], max_keys),
     ):
         bounds = starts.tolist()
-        pairs = list(zip(bounds, bounds[1:], strict=False))
+        pairs = list(itertools.pairwise(bounds))
         if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairs):
             raise ValueError(
                 f"cu_seqlens_{name} must rise from 0 to {total}, the rows of {name}, got {bounds}"

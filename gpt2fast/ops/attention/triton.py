@@ -68,7 +68,8 @@ def rule(kind: str, size: int, dtype: torch.dtype, arch: int) -> Config:
     if INTERPRETED:
         return Config(64, 64, 4, 1)
     if dtype == torch.float32:
-        return Config(32, 32, 4 if size <= 64 else 8, 1)
+        # products on the FMA units hold whole operands in registers: many threads, small tiles
+        return Config(32 if size <= 64 else 16, 32, 8, 1)
     if size <= 64:
         return Config(128, 64, 8, 2 if kind == DKV else 3)
     if size > 128:
@@ -144,7 +145,13 @@ def _place(tiles, heads, group, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def _load(
-    base, stride, count, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, PARTIAL: tl.constexpr
+    base,
+    stride,
+    count,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):
     """Rows (ROWS, WIDTH) from `base` on; 0 past SIZE and, where PARTIAL, in rows from `count` on."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
@@ -809,7 +816,9 @@ def _shared(strides: tuple[int, ...], first: int, second: int) -> tuple[int | No
     return tuple(None if same and i == second else s for i, s in enumerate(strides))
 
 
-def _run_forward(problem: _Problem, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+def _run_forward(
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> None:
     def run(config: Config) -> None:
         tiles = triton.cdiv(problem.queries, config.rows)
         launch(
