@@ -87,7 +87,7 @@ def test_head_sizes(backend: str, size: int, dtype: torch.dtype) -> None:
 def test_queries_and_keys_of_different_length(
     backend: str, queries: int, keys: int, causal: bool
 ) -> None:
-    heads = 8 if backend == "cpu" else 2  # the CPU divides heads among its threads
+    heads = 8 if backend == "cpu" else 1  # the CPU divides heads among its threads
     check(qkv_inputs(2, queries, keys, heads, 64), causal, backend=backend)
     check(qkv_inputs(1, queries, keys, 2, 20), causal, dtype=torch.bfloat16, backend=backend)
 
@@ -537,9 +537,10 @@ def test_wrong_documents(backend: str, change: dict, error: type[Exception], mes
 @pytest.mark.parametrize("heads", [1, 3, 12])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_deterministic(backend: str, heads: int, dropout_p: float) -> None:
+    length = 300 if backend == "cpu" else 140  # the interpreter is slow
     with device_of(backend):
-        tensors = [*qkv_inputs(1, 300, 300, heads, 64).values()]
-        upstream = torch.randn(1, 300, heads, 64)
+        tensors = [*qkv_inputs(1, length, length, heads, 64).values()]
+        upstream = torch.randn(1, length, heads, 64)
 
     def run() -> list[torch.Tensor]:
         torch.manual_seed(5)
@@ -596,7 +597,7 @@ def test_nothing_is_written_outside(
 
 
 def test_compiles(backend: str) -> None:
-    inputs = qkv_inputs(2, 33, 33, 2, 16)
+    inputs = qkv_inputs(1, 33, 33, 2, 16)
 
     def separate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return flash_attn_func(q, k, v, causal=True)
@@ -609,7 +610,7 @@ def test_compiles(backend: str) -> None:
 
     assert_compiles(separate, inputs, backend)
     assert_compiles(torch_like, inputs, backend)
-    assert_compiles(packed, {"qkv": torch.randn(2, 33, 3, 2, 16)}, backend)
+    assert_compiles(packed, {"qkv": torch.randn(1, 33, 3, 2, 16)}, backend)
 
 
 def test_compiles_with_dropout(backend: str) -> None:

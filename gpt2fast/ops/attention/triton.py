@@ -66,7 +66,7 @@ def rule(kind: str, size: int, dtype: torch.dtype, arch: int) -> Config:
     programs share a multiprocessor and one computes exponentials while the other multiplies.
     """
     if INTERPRETED:
-        return Config(64, 64, 4, 1)
+        return Config(128, 64, 4, 1)
     if dtype == torch.float32:
         # products on the FMA units hold whole operands in registers: many threads, small tiles
         return Config(32 if size <= 64 else 16, 32, 8, 1)
