@@ -59,11 +59,12 @@ class Config:
 FORWARD, DQ, DKV = "forward", "dq", "dkv"
 
 
-def rule(kind: str, size: int, dtype: torch.dtype, arch: int) -> Config:
+def rule(kind: str, size: int, dtype: torch.dtype, arch: int, more: bool) -> Config:
     """Tiles whose accumulators and scores fit the registers, by benchmarks/triton_report.
 
     At head size 64 eight warps on 128 rows leave forward at 111 registers on sm_90, so that two
-    programs share a multiprocessor and one computes exponentials while the other multiplies.
+    programs share a multiprocessor and one computes exponentials while the other multiplies. Dropout
+    and documents (`more`) take registers, which dk and dv at 64 columns have not.
     """
     if INTERPRETED:  # in fp32 square: NumPy's sums depend on a tile's shape, a GPU's do not, and
         # scores of the backward must be the forward's bits (see _scatter)
@@ -72,7 +73,7 @@ def rule(kind: str, size: int, dtype: torch.dtype, arch: int) -> Config:
         # products on the FMA units hold whole operands in registers: many threads, small tiles
         return Config(32 if size <= 64 else 16, 32, 8, 1)
     if size <= 64:
-        return Config(128, 64, 8, 2 if kind == DKV else 3)
+        return Config(128, 32 if more and kind == DKV else 64, 8, 2 if kind == DKV else 3)
     if size > 128:
         return Config(64, 32, 8, 2)
     if kind == DKV:
@@ -787,7 +788,8 @@ class _Problem:
             lengths = (power_of_two(self.queries), power_of_two(self.keys))
         key = (kind, self.batch, self.heads, *lengths, self.size, q.dtype,
                self.causal, self.seed is not None, self.q_starts is not None)  # fmt: skip
-        first = rule(kind, self.size, q.dtype, target_of(q).arch)
+        more = self.seed is not None or self.q_starts is not None
+        first = rule(kind, self.size, q.dtype, target_of(q).arch, more)
         return tuned("attention", key, q, first, candidates(kind, self.size, q.dtype), run)
 
     def constants(self, config: Config, dtype: torch.dtype) -> dict[str, Any]:
