@@ -78,7 +78,9 @@ def rule(kind: str, size: int, dtype: torch.dtype, arch: int, more: bool) -> Con
         return Config(64, 32, 8, 2)
     if kind == DKV:
         return Config(64, 64, 8, 2) if arch < 90 else Config(128, 32, 8, 2)
-    return Config(128, 64 if kind == FORWARD and arch >= 90 else 32, 8, 2)
+    if kind == FORWARD:
+        return Config(64 if arch < 90 else 128, 64, 8, 2)
+    return Config(128, 32, 8, 2)
 
 
 def candidates(kind: str, size: int, dtype: torch.dtype) -> list[Config]:
