@@ -175,3 +175,32 @@ for _size, _width in WIDTHS.items():
         case(f"linear_cross_entropy {_size} {str(_dtype).removeprefix('torch.')}")(
             partial(_linear_cross_entropy, _width, _dtype)
         )
+
+
+def _attention(heads: int, size: int, dtype: torch.dtype = BF16, dropout_p: float = 0.0) -> None:
+    backend = load("attention", "triton")
+    qkv = empty(BATCH, LENGTH, 3, heads, size, dtype=dtype)
+    q, k, v = qkv.unbind(2)
+    seed = empty(dtype=torch.int64) if dropout_p else None
+    options = (0, size**-0.5, dropout_p, seed)
+    out, lse = backend.forward(q, k, v, *options)
+    backend.backward(out, q, k, v, out, lse, *torch.empty_like(qkv).unbind(2), *options)
+
+
+def _documents(heads: int, size: int) -> None:
+    backend = load("attention", "triton")
+    qkv = empty(ROWS, 3, heads, size)
+    q, k, v = qkv.unbind(1)
+    starts = empty(BATCH + 1, dtype=torch.int32)
+    options = (starts, starts, LENGTH, LENGTH, True, size**-0.5, 0.0, None)
+    out, lse = backend.varlen_forward(q, k, v, *options)
+    backend.varlen_backward(out, q, k, v, out, lse, *torch.empty_like(qkv).unbind(1), *options)
+
+
+case("attention gpt2 bfloat16")(lambda: _attention(12, 64))
+case("attention gpt2-xl bfloat16")(lambda: _attention(25, 64))
+case("attention gpt2 bfloat16 dropout")(lambda: _attention(12, 64, dropout_p=0.1))
+case("attention gpt2 float32")(lambda: _attention(12, 64, FP32))
+case("attention head size 80 bfloat16")(lambda: _attention(12, 80))
+case("attention head size 128 bfloat16")(lambda: _attention(12, 128))
+case("attention gpt2 documents bfloat16")(lambda: _documents(12, 64))

@@ -4,6 +4,7 @@ from gpt2fast.ops.adamw.functional import adamw_, global_norm
 from gpt2fast.ops.attention.functional import (
     flash_attn_func,
     flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
     scaled_dot_product_attention,
 )
 from gpt2fast.ops.cross_entropy.functional import cross_entropy
@@ -20,6 +21,7 @@ __all__ = [
     "embedding",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
     "gelu",
     "gelu_mlp",
     "global_norm",

@@ -47,6 +47,7 @@ struct Shape {
   i64 batch, heads, queries, keys, size;  // size: D
   i64 diagonal;
   float scale;
+  i64 first_batch;  // of dropout's hash
   i64 width() const { return up(size, NR); }  // of a packed row
   // How many keys query i sees.
   i64 visible(i64 i) const { return clamp(i + diagonal + 1, 0, keys); }
@@ -426,7 +427,7 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
       i64 packed = -1;
       for (i64 unit = first; unit < last; ++unit) {
         const i64 head = unit / blocks, block = unit % blocks, b = head / shape.heads, h = head % shape.heads;
-        const Dropout drop = head_dropout(dropout, seed, b, h);
+        const Dropout drop = head_dropout(dropout, seed, shape.first_batch + b, h);
         const T *kh = k + b * ks.b + h * ks.h, *vh = v + b * vs.b + h * vs.h, *qh = q + b * qs.b + h * qs.h;
         T* oh = out + b * os.b + h * os.h;
         float* lse_head = lse + head * queries;
@@ -466,8 +467,8 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
 void attention_forward(uintptr_t q, i64 q_b, i64 q_t, i64 q_h, uintptr_t k, i64 k_b, i64 k_t, i64 k_h, uintptr_t v,
                        i64 v_b, i64 v_t, i64 v_h, uintptr_t out, i64 out_b, i64 out_t, i64 out_h, uintptr_t lse,
                        uintptr_t workspace, i64 batch, i64 heads, i64 queries, i64 keys, i64 size, i64 diagonal,
-                       float scale, double dropout, i64 seed, int dtype, int threads) {
-  const Shape shape{batch, heads, queries, keys, size, diagonal, scale};
+                       float scale, double dropout, i64 seed, i64 first_batch, int dtype, int threads) {
+  const Shape shape{batch, heads, queries, keys, size, diagonal, scale, first_batch};
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     forward((const T*)q, {q_b, q_t, q_h}, (const T*)k, {k_b, k_t, k_h}, (const T*)v, {v_b, v_t, v_h}, (T*)out,
@@ -631,7 +632,7 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
     i64 packed = -1;
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 head = unit / splits, b = head / shape.heads, h = head % shape.heads;
-      const Dropout drop = head_dropout(dropout, seed, b, h);
+      const Dropout drop = head_dropout(dropout, seed, shape.first_batch + b, h);
       if (splits > 1) space.dq = parts + unit * rows * width;
       zero(space.dq, rows * width);
       if (head != packed) {
@@ -673,8 +674,8 @@ void attention_backward(uintptr_t dout, i64 dout_b, i64 dout_t, i64 dout_h, uint
                         i64 out_b, i64 out_t, i64 out_h, uintptr_t lse, uintptr_t dq, i64 dq_b, i64 dq_t, i64 dq_h,
                         uintptr_t dk, i64 dk_b, i64 dk_t, i64 dk_h, uintptr_t dv, i64 dv_b, i64 dv_t, i64 dv_h,
                         uintptr_t workspace, i64 batch, i64 heads, i64 queries, i64 keys, i64 size, i64 diagonal,
-                        float scale, double dropout, i64 seed, int dtype, int threads) {
-  const Shape shape{batch, heads, queries, keys, size, diagonal, scale};
+                        float scale, double dropout, i64 seed, i64 first_batch, int dtype, int threads) {
+  const Shape shape{batch, heads, queries, keys, size, diagonal, scale, first_batch};
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     backward((const T*)dout, {dout_b, dout_t, dout_h}, (const T*)q, {q_b, q_t, q_h}, (const T*)k, {k_b, k_t, k_h},

@@ -278,7 +278,7 @@ def row_words(first, second, i):
 
 
 @triton.jit
-def kept(first, second, j, threshold):
+def kept_mask(first, second, j, threshold):
     """Whether column j is kept in the row of these words; all broadcast."""
     x = j.to(tl.uint32) * 0x9E3779B9 + first
     x = ((x ^ (x >> 16)) * 0x7FEB352D) ^ second

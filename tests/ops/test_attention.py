@@ -9,10 +9,17 @@ import gpt2fast
 from gpt2fast.functional import (
     flash_attn_func,
     flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
     scaled_dot_product_attention,
 )
 from gpt2fast.ops.attention import autograd, reference
-from tests.ops.numerics import DTYPES, assert_accurate, assert_compiles, assert_deterministic
+from tests.ops.numerics import (
+    DTYPES,
+    assert_accurate,
+    assert_compiles,
+    assert_deterministic,
+    device_of,
+)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -51,14 +58,14 @@ def check(
     [(n, torch.float32) for n in (1, 2, 7, 97, 113, 256)]
     + [(n, dtype) for n in (1, 113) for dtype in (torch.bfloat16, torch.float16)],
 )
-def test_lengths(isa: str, length: int, causal: bool, dtype: torch.dtype) -> None:
-    check(qkv_inputs(2, length, length, 3, 64), causal, dtype=dtype)
+def test_lengths(backend: str, length: int, causal: bool, dtype: torch.dtype) -> None:
+    check(qkv_inputs(2, length, length, 3, 64), causal, dtype=dtype, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3, 15, 17, 40, 80, 96, 128, 160, 256])
-def test_head_sizes(isa: str, size: int, dtype: torch.dtype) -> None:
-    check(qkv_inputs(1, 67, 67, 2, size), True, dtype=dtype)
+def test_head_sizes(backend: str, size: int, dtype: torch.dtype) -> None:
+    check(qkv_inputs(1, 67, 67, 2, size), True, dtype=dtype, backend=backend)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -78,46 +85,47 @@ def test_head_sizes(isa: str, size: int, dtype: torch.dtype) -> None:
     ],
 )
 def test_queries_and_keys_of_different_length(
-    isa: str, queries: int, keys: int, causal: bool
+    backend: str, queries: int, keys: int, causal: bool
 ) -> None:
-    check(qkv_inputs(2, queries, keys, 8, 64), causal)
-    check(qkv_inputs(1, queries, keys, 2, 20), causal, dtype=torch.bfloat16)
+    heads = 8 if backend == "cpu" else 1  # the CPU divides heads among its threads
+    check(qkv_inputs(2, queries, keys, heads, 64), causal, backend=backend)
+    check(qkv_inputs(1, queries, keys, 2, 20), causal, dtype=torch.bfloat16, backend=backend)
 
 
-def test_long(isa: str) -> None:
-    check(qkv_inputs(1, 1025, 1025, 1, 64), True)
-    check(qkv_inputs(1, 1025, 1025, 1, 64), False)
+def test_long(backend: str) -> None:
+    check(qkv_inputs(1, 1025, 1025, 1, 64), True, backend=backend)
+    check(qkv_inputs(1, 1025, 1025, 1, 64), False, backend=backend)
 
 
 @pytest.mark.parametrize("factor", [10.0, 100.0])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [97, 1025])
-def test_peaked_softmax(isa: str, length: int, causal: bool, factor: float) -> None:
+def test_peaked_softmax(backend: str, length: int, causal: bool, factor: float) -> None:
     inputs = qkv_inputs(1, length, length, 2, 64)
     inputs["q"] *= factor
-    check(inputs, causal)
+    check(inputs, causal, backend=backend)
 
 
 @pytest.mark.parametrize("length", [64, 200])
-def test_one_key_takes_all(isa: str, length: int) -> None:
+def test_one_key_takes_all(backend: str, length: int) -> None:
     """Every probability is 0 or 1: gradients of q and k vanish but for rounding."""
     inputs = qkv_inputs(1, length, length, 2, 64)
     inputs["q"] = 10 * inputs["k"] + 0.01 * torch.randn(1, length, 2, 64)
-    check(inputs, False)
+    check(inputs, False, backend=backend)
 
 
 @pytest.mark.parametrize("length", [50, 200])
-def test_huge_scores(isa: str, length: int) -> None:
+def test_huge_scores(backend: str, length: int) -> None:
     inputs = qkv_inputs(1, length, length, 2, 64)
     inputs["q"] *= 1e4  # scores about 1e4
-    check(inputs, True)
+    check(inputs, True, backend=backend)
     # Nearly equal scores of 3200, far above exp's range; dq has no size but rounding's (see below).
     inputs["q"] = torch.full_like(inputs["q"], 20.0)
     inputs["k"] = 20 + 0.01 * torch.randn_like(inputs["k"])
-    check(inputs, True, wanted=["k", "v"])
+    check(inputs, True, wanted=["k", "v"], backend=backend)
 
 
-def test_scores_all_very_negative_or_rising(isa: str) -> None:
+def test_scores_all_very_negative_or_rising(backend: str) -> None:
     """The running maximum starts low and is replaced in every block.
 
     dq is left out: it is sum(dS k) with sum(dS) = 0, so the common offset of k multiplies nothing
@@ -126,98 +134,108 @@ def test_scores_all_very_negative_or_rising(isa: str) -> None:
     inputs = qkv_inputs(1, 40, 400, 1, 16)
     inputs["q"] = torch.ones(1, 40, 1, 16)
     inputs["k"] = torch.linspace(-30, 5, 400).view(1, 400, 1, 1).expand(1, 400, 1, 16) + 0.0
-    check(inputs, True, wanted=["k", "v"])
+    check(inputs, True, wanted=["k", "v"], backend=backend)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, -0.2, 0.0])
-def test_scale(isa: str, scale: float) -> None:
+def test_scale(backend: str, scale: float) -> None:
     assert_accurate(
         lambda q, k, v: flash_attn_func(q, k, v, softmax_scale=scale, causal=True),
         qkv_inputs(1, 70, 70, 2, 32),
+        backend=backend,
     )
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(97, 97), (5, 97), (97, 5), (1, 30)])
-def test_scaled_dot_product_attention(isa: str, queries: int, keys: int, is_causal: bool) -> None:
+def test_scaled_dot_product_attention(
+    backend: str, queries: int, keys: int, is_causal: bool
+) -> None:
     inputs = {
         name: value.transpose(1, 2).contiguous()
         for name, value in qkv_inputs(2, queries, keys, 3, 64, "query key value").items()
     }
     assert_accurate(
-        lambda **tensors: scaled_dot_product_attention(**tensors, is_causal=is_causal), inputs
+        lambda **tensors: scaled_dot_product_attention(**tensors, is_causal=is_causal),
+        inputs,
+        backend=backend,
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize(("queries", "keys"), [(40, 40), (7, 40), (40, 7)])
 def test_agrees_with_torch(backend: str, queries: int, keys: int) -> None:
-    query, key, value = torch.randn(3, 2, 3, 40, 16).unbind(0)
+    query, key, value = torch.randn(3, 2, 3, 40, 16, device=device_of(backend)).unbind(0)
     tensors = (query[:, :, :queries], key[:, :, :keys], value[:, :, :keys])
     for is_causal in (False, True):
         for scale in (None, 0.5):
             options = {"is_causal": is_causal, "scale": scale}
             expected = torch.nn.functional.scaled_dot_product_attention(*tensors, **options)
-            with gpt2fast.use_backend(backend):
-                found = scaled_dot_product_attention(*tensors, **options)
-            torch.testing.assert_close(found, expected)
+            for name in ("reference", backend):
+                with gpt2fast.use_backend(name):
+                    found = scaled_dot_product_attention(*tensors, **options)
+                torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_causal_is_aligned_at_the_end(backend: str) -> None:
     """The last queries of a long sequence give what they gave with the others before them."""
-    q, k, v = qkv_inputs(1, 50, 50, 2, 16).values()
-    with gpt2fast.use_backend(backend):
-        whole = flash_attn_func(q, k, v, causal=True)
-        for last in (1, 3, 20):
-            part = flash_attn_func(q[:, -last:], k, v, causal=True)
-            torch.testing.assert_close(part, whole[:, -last:])
+    with device_of(backend):
+        q, k, v = qkv_inputs(1, 50, 50, 2, 16).values()
+    for name in ("reference", backend):
+        with gpt2fast.use_backend(name):
+            whole = flash_attn_func(q, k, v, causal=True)
+            for last in (1, 3, 20):
+                part = flash_attn_func(q[:, -last:], k, v, causal=True)
+                torch.testing.assert_close(part, whole[:, -last:])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_queries_without_keys_give_zero(backend: str) -> None:
-    leaves = [t.requires_grad_() for t in qkv_inputs(1, 60, 20, 2, 16).values()]
-    with gpt2fast.use_backend(backend):
-        out = flash_attn_func(*leaves, causal=True)
-    dq, dk, dv = torch.autograd.grad(out, leaves, torch.randn_like(out))
-    assert torch.equal(out[:, :40], torch.zeros(1, 40, 2, 16))
-    assert torch.equal(dq[:, :40], torch.zeros(1, 40, 2, 16))
-    assert all(torch.isfinite(t).all() for t in (out, dq, dk, dv))
-    assert out[:, 40:].abs().min() > 0
+    with device_of(backend):
+        leaves = [t.requires_grad_() for t in qkv_inputs(1, 60, 20, 2, 16).values()]
+    for name in ("reference", backend):
+        with gpt2fast.use_backend(name):
+            out = flash_attn_func(*leaves, causal=True)
+        dq, dk, dv = torch.autograd.grad(out, leaves, torch.randn_like(out))
+        assert not out[:, :40].any()
+        assert not dq[:, :40].any()
+        assert all(torch.isfinite(t).all() for t in (out, dq, dk, dv))
+        assert out[:, 40:].abs().min() > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("length", "heads", "size"), [(97, 3, 64), (130, 2, 80)])
 def test_packed(
-    isa: str, length: int, heads: int, size: int, causal: bool, dtype: torch.dtype
+    backend: str, length: int, heads: int, size: int, causal: bool, dtype: torch.dtype
 ) -> None:
     """qkv as a view of the projection's output, whose gradient is one tensor."""
     assert_accurate(
         lambda x: flash_attn_qkvpacked_func(x.view(2, length, 3, heads, size), causal=causal),
         {"x": torch.randn(2, length, 3 * heads * size)},
         dtype=dtype,
+        backend=backend,
     )
 
 
-def test_packed_agrees_with_separate_views() -> None:
-    x = torch.randn(2, 130, 3, 2, 64)
-    torch.manual_seed(1)
-    packed = flash_attn_qkvpacked_func(x, 0.1, causal=True)
-    torch.manual_seed(1)
-    separate = flash_attn_func(*x.unbind(2), 0.1, causal=True)
+def test_packed_agrees_with_separate_views(backend: str) -> None:
+    x = torch.randn(2, 130, 3, 2, 64, device=device_of(backend))
+    with gpt2fast.use_backend(backend):
+        torch.manual_seed(1)
+        packed = flash_attn_qkvpacked_func(x, 0.1, causal=True)
+        torch.manual_seed(1)
+        separate = flash_attn_func(*x.unbind(2), 0.1, causal=True)
     assert torch.equal(packed, separate)
 
 
-def test_packed_gradient_is_contiguous_and_its_own_memory() -> None:
-    qkv = torch.randn(1, 30, 3, 2, 16, requires_grad=True)
-    out = flash_attn_qkvpacked_func(qkv)
+def test_packed_gradient_is_contiguous_and_its_own_memory(backend: str) -> None:
+    qkv = torch.randn(1, 30, 3, 2, 16, requires_grad=True, device=device_of(backend))
+    with gpt2fast.use_backend(backend):
+        out = flash_attn_qkvpacked_func(qkv)
     (gradient,) = torch.autograd.grad(out.sum(), qkv)
     assert out.is_contiguous()
     assert gradient.is_contiguous()
 
 
-def test_strided_inputs(isa: str) -> None:
+def test_strided_inputs(backend: str) -> None:
     """Rows of a cache, views of a packed tensor, D not contiguous, zero strides."""
     assert_accurate(
         lambda q, k_cache, v_cache: flash_attn_func(
@@ -228,16 +246,19 @@ def test_strided_inputs(isa: str) -> None:
             "k_cache": torch.randn(2, 100, 2, 32),
             "v_cache": torch.randn(2, 100, 2, 32),
         },
+        backend=backend,
     )
     assert_accurate(
         lambda x: flash_attn_func(x[..., :8], x[..., 8:16], x[..., 16:], causal=True),
         {"x": torch.randn(2, 50, 3, 24)},
+        backend=backend,
     )
     assert_accurate(
         lambda q, k, v: flash_attn_func(
             q.transpose(1, 3), k.transpose(1, 3), v.transpose(1, 3), causal=True
         ),
         {name: torch.randn(2, 32, 3, 50) for name in "qkv"},
+        backend=backend,
     )
     assert_accurate(
         lambda q, k, v: flash_attn_func(q.expand(2, 40, 3, 16), k, v.expand(2, 40, 3, 16)),
@@ -246,53 +267,61 @@ def test_strided_inputs(isa: str) -> None:
             "k": torch.randn(2, 40, 3, 16),
             "v": torch.randn(2, 40, 1, 16),
         },
+        backend=backend,
     )
 
 
-def test_zero_stride_upstream_gradient(isa: str) -> None:
+def test_zero_stride_upstream_gradient(backend: str) -> None:
     assert_accurate(
-        lambda q, k, v: flash_attn_func(q, k, v, causal=True).sum(), qkv_inputs(2, 60, 60, 2, 16)
+        lambda q, k, v: flash_attn_func(q, k, v, causal=True).sum(),
+        qkv_inputs(2, 60, 60, 2, 16),
+        backend=backend,
     )
-    x = torch.randn(1, 20, 3, 2, 8, requires_grad=True)
-    flash_attn_qkvpacked_func(x).sum().backward()
+    x = torch.randn(1, 20, 3, 2, 8, requires_grad=True, device=device_of(backend))
+    with gpt2fast.use_backend(backend):
+        flash_attn_qkvpacked_func(x).sum().backward()
     assert torch.isfinite(x.grad).all()
 
 
 @pytest.mark.parametrize("wanted", [["q"], ["k"], ["v"], ["q", "v"]])
-def test_only_some_inputs_require_gradients(wanted: list[str]) -> None:
-    check(qkv_inputs(1, 50, 50, 2, 16), True, wanted=wanted)
+def test_only_some_inputs_require_gradients(backend: str, wanted: list[str]) -> None:
+    check(qkv_inputs(1, 50, 50, 2, 16), True, wanted=wanted, backend=backend)
 
 
 @pytest.mark.parametrize(
     "shape", [(0, 5, 5, 2, 8), (2, 0, 5, 2, 8), (2, 5, 0, 2, 8), (2, 5, 5, 0, 8)]
 )
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_empty(backend: str, shape: tuple[int, int, int, int, int]) -> None:
-    leaves = [t.requires_grad_() for t in qkv_inputs(*shape).values()]
-    with gpt2fast.use_backend(backend):
-        out = flash_attn_func(*leaves, causal=True)
-    out.sum().backward()
-    assert out.shape == leaves[0].shape
-    for leaf in leaves:
-        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
-    assert torch.equal(out, torch.zeros_like(out))
+    with device_of(backend):
+        leaves = [t.requires_grad_() for t in qkv_inputs(*shape).values()]
+    for name in ("reference", backend):
+        with gpt2fast.use_backend(name):
+            out = flash_attn_func(*leaves, causal=True)
+        gradients = torch.autograd.grad(out.sum(), leaves)
+        assert out.shape == leaves[0].shape
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            assert torch.equal(gradient, torch.zeros_like(leaf))
+        assert torch.equal(out, torch.zeros_like(out))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # interpreter
 @pytest.mark.parametrize("queries", [1, 97])
-def test_nan_and_infinity_are_not_hidden(isa: str, queries: int) -> None:
-    q, k, v = qkv_inputs(1, queries, 97, 1, 16).values()
-    for tensor in (q, k, v):
-        before = tensor[0, 0, 0, 3].item()
-        tensor[0, 0, 0, 3] = math.nan
-        assert torch.isnan(flash_attn_func(q, k, v)).any()
-        tensor[0, 0, 0, 3] = before
-    k[0, 5] = math.nan
-    out = flash_attn_func(q, k, v)
-    assert torch.isnan(out).all()
-    if queries == 97:
-        out = flash_attn_func(q, k, v, causal=True)
-        assert torch.isfinite(out[:, :5]).all()
-        assert torch.isnan(out[:, 5:]).all()
+def test_nan_and_infinity_are_not_hidden(backend: str, queries: int) -> None:
+    with device_of(backend):
+        q, k, v = qkv_inputs(1, queries, 97, 1, 16).values()
+    with gpt2fast.use_backend(backend):
+        for tensor in (q, k, v):
+            before = tensor[0, 0, 0, 3].item()
+            tensor[0, 0, 0, 3] = math.nan
+            assert torch.isnan(flash_attn_func(q, k, v)).any()
+            tensor[0, 0, 0, 3] = before
+        k[0, 5] = math.nan
+        out = flash_attn_func(q, k, v)
+        assert torch.isnan(out).all()
+        if queries == 97:
+            out = flash_attn_func(q, k, v, causal=True)
+            assert torch.isfinite(out[:, :5]).all()
+            assert torch.isnan(out[:, 5:]).all()
 
 
 # ---- dropout ------------------------------------------------------------------------------------
@@ -305,15 +334,16 @@ def test_nan_and_infinity_are_not_hidden(isa: str, queries: int) -> None:
 )
 @pytest.mark.parametrize("dropout_p", [0.1, 0.7])
 def test_dropout(
-    isa: str, queries: int, keys: int, causal: bool, dropout_p: float, dtype: torch.dtype
+    backend: str, queries: int, keys: int, causal: bool, dropout_p: float, dtype: torch.dtype
 ) -> None:
-    check(qkv_inputs(2, queries, keys, 3, 32), causal, dropout_p, dtype)
+    check(qkv_inputs(2, queries, keys, 3, 32), causal, dropout_p, dtype, backend=backend)
 
 
-def test_dropout_of_everything() -> None:
-    inputs = [t.requires_grad_() for t in qkv_inputs(1, 20, 20, 2, 8).values()]
-    for backend in ("reference", "cpu"):
-        with gpt2fast.use_backend(backend):
+def test_dropout_of_everything(backend: str) -> None:
+    with device_of(backend):
+        inputs = [t.requires_grad_() for t in qkv_inputs(1, 20, 20, 2, 8).values()]
+    for name in ("reference", backend):
+        with gpt2fast.use_backend(name):
             out = flash_attn_func(*inputs, 1.0)
         assert torch.equal(out, torch.zeros_like(out))
         for gradient in torch.autograd.grad(out.sum(), inputs):
@@ -322,27 +352,31 @@ def test_dropout_of_everything() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -5])
 @pytest.mark.parametrize("queries", [2, 97])
-def test_kernel_and_reference_have_the_same_mask(isa: str, queries: int, seed: int) -> None:
+def test_kernel_and_reference_have_the_same_mask(backend: str, queries: int, seed: int) -> None:
     """Equal scores and an identity for v show the mask itself."""
     keys, size, p = 150, 160, 0.3
-    q = torch.zeros(2, queries, 3, size)
-    v = torch.eye(keys, size).view(1, keys, 1, size).expand(2, keys, 3, size)
-    word = torch.tensor(seed)
-    out, _ = autograd.attention_forward(q, torch.zeros_like(v), v, None, None, p, word, "cpu")
+    with device_of(backend):
+        q = torch.zeros(2, queries, 3, size)
+        v = torch.eye(keys, size).view(1, keys, 1, size).expand(2, keys, 3, size)
+        word = torch.tensor(seed)
+    out, _ = autograd.attention_forward(q, torch.zeros_like(v), v, None, None, p, word, backend)
     mask = reference.dropout_mask(word, (2, 3, queries, keys), p)
     expected = mask.transpose(1, 2)
     assert torch.equal(out[..., :keys] != 0, expected)
 
 
-def test_dropout_is_reproducible() -> None:
-    q, k, v = qkv_inputs(2, 70, 70, 2, 16).values()
+def test_dropout_is_reproducible(backend: str) -> None:
+    with device_of(backend):
+        q, k, v = qkv_inputs(2, 70, 70, 2, 16).values()
     results = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        results.append(flash_attn_func(q, k, v, 0.2))
+    with gpt2fast.use_backend(backend):
+        for seed in (3, 3, 4):
+            torch.manual_seed(seed)
+            results.append(flash_attn_func(q, k, v, 0.2))
+        results.append(flash_attn_func(q, k, v, 0.2))  # the generator moved on
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
-    assert not torch.equal(results[2], flash_attn_func(q, k, v, 0.2))  # the generator moved on
+    assert not torch.equal(results[2], results[3])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -369,19 +403,151 @@ def test_dropout_mask_statistics(p: float) -> None:
     assert abs(correlation) * math.sqrt(count) < 5
 
 
+# ---- documents of different length --------------------------------------------------------------
+
+
+def starts_of(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+DOCUMENTS = [
+    ([97], [97]),
+    ([65, 1, 0, 40], [65, 1, 0, 40]),
+    ([5, 0, 70, 3], [97, 8, 0, 2]),
+    ([0, 0], [0, 0]),
+    ([], []),
+]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("queries", "keys"), DOCUMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents(
+    backend: str,
+    queries: list[int],
+    keys: list[int],
+    dropout_p: float,
+    causal: bool,
+    dtype: torch.dtype,
+) -> None:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)
+        starts = (starts_of(queries).to(q.device), starts_of(keys).to(q.device))
+        longest = (max(queries, default=0), max(keys, default=0))
+        return flash_attn_varlen_func(q, k, v, *starts, *longest, dropout_p, causal=causal)
+
+    inputs = {
+        "q": torch.randn(sum(queries), 2, 64),
+        "k": torch.randn(sum(keys), 2, 64),
+        "v": torch.randn(sum(keys), 2, 64),
+    }
+    assert_accurate(run, inputs, dtype=dtype, backend=backend)
+
+
+def test_documents_agree_with_a_batch(backend: str) -> None:
+    """Documents of one length are a batch, with the same dropout."""
+    with device_of(backend):
+        q, k, v = qkv_inputs(3, 70, 90, 2, 32).values()
+        starts = (starts_of([70] * 3).to(q.device), starts_of([90] * 3).to(q.device))
+    for name in ("reference", backend):
+        for p in (0.0, 0.3):
+            with gpt2fast.use_backend(name):
+                torch.manual_seed(3)
+                batch = flash_attn_func(q, k, v, p, causal=True)
+                torch.manual_seed(3)
+                packed = flash_attn_varlen_func(
+                    *(t.flatten(0, 1) for t in (q, k, v)), *starts, 80, 100, p, causal=True
+                )
+            torch.testing.assert_close(packed.view_as(batch), batch)
+
+
+def test_documents_in_a_packed_qkv(backend: str) -> None:
+    """Views of the projection's output; gradients of each view."""
+    assert_accurate(
+        lambda x: flash_attn_varlen_func(
+            *x.view(60, 3, 2, 40).unbind(1),
+            *[starts_of([33, 27]).to(x.device)] * 2,
+            33,
+            33,
+            softmax_scale=-0.2,
+            causal=True,
+        ),
+        {"x": torch.randn(60, 240)},
+        backend=backend,
+    )
+
+
+def test_documents_compile(backend: str) -> None:
+    def run(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor
+    ) -> torch.Tensor:
+        return flash_attn_varlen_func(q, k, v, starts, starts, 20, 20, causal=True)
+
+    inputs = {name: torch.randn(33, 2, 16) for name in "qkv"}
+    assert_compiles(run, {**inputs, "starts": starts_of([20, 13])}, backend)
+
+
+def test_documents_opcheck(backend: str) -> None:
+    with device_of(backend):
+        q, k, v = torch.randn(12, 2, 8), torch.randn(15, 2, 8), torch.randn(15, 2, 8)
+        word = torch.tensor(5)
+        starts = (starts_of([7, 5]).to(q.device), starts_of([7, 8]).to(q.device))
+    for seed in (None, word):
+        p = 0.2 if seed is not None else 0.0
+        options = (*starts, 7, 8, True, None, p, seed, backend)
+        torch.library.opcheck(autograd.attention_varlen_forward, (q, k, v, *options))
+        out, lse = autograd.attention_varlen_forward(q, k, v, *options)
+        saved = (torch.randn_like(q), q, k, v, out, lse)
+        torch.library.opcheck(autograd.attention_varlen_backward, (*saved, *options))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(1, 5, 2, 8)}, ValueError, "q must have three dimensions"),
+        ({"q": torch.zeros(5, 2, 0)}, ValueError, "q must have a head size"),
+        ({"k": torch.zeros(5, 3, 8)}, ValueError, "k must have shape"),
+        ({"v": torch.zeros(4, 2, 8)}, ValueError, "v must have shape"),
+        ({"v": torch.zeros(5, 2, 8).half()}, TypeError, "v is torch.float16 but q is"),
+        ({"cu_seqlens_q": [0, 5]}, TypeError, "cu_seqlens_q must be a torch.Tensor, got list"),
+        ({"cu_seqlens_k": torch.tensor([0, 5])}, TypeError, "cu_seqlens_k must be torch.int32"),
+        ({"cu_seqlens_k": starts_of([2, 3])}, ValueError, "that of cu_seqlens_q"),
+        ({"cu_seqlens_q": starts_of([])[:0]}, ValueError, "cu_seqlens_q must have shape"),
+        ({"cu_seqlens_q": starts_of([4])}, ValueError, "cu_seqlens_q must rise from 0 to 5"),
+        ({"cu_seqlens_k": starts_of([5]) + 1}, ValueError, "cu_seqlens_k must rise from 0"),
+        ({"max_seqlen_q": 4}, ValueError, "max_seqlen_q is 4, but a document has 5"),
+        ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k must not be negative"),
+        ({"dropout_p": 2.0}, ValueError, "dropout_p must lie"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_wrong_documents(backend: str, change: dict, error: type[Exception], message: str) -> None:
+    good = {
+        **{name: torch.zeros(5, 2, 8) for name in "qkv"},
+        **{f"cu_seqlens_{name}": starts_of([5]) for name in "qk"},
+        **{f"max_seqlen_{name}": 5 for name in "qk"},
+    }
+    with gpt2fast.use_backend(backend), pytest.raises(error, match=message):
+        flash_attn_varlen_func(**{**good, **change})
+
+
 # ---- the op contract ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heads", [1, 3, 12])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_deterministic(heads: int, dropout_p: float) -> None:
-    tensors = [*qkv_inputs(1, 300, 300, heads, 64).values()]
-    upstream = torch.randn(1, 300, heads, 64)
+def test_deterministic(backend: str, heads: int, dropout_p: float) -> None:
+    length = 300 if backend == "cpu" else 140  # the interpreter is slow
+    with device_of(backend):
+        tensors = [*qkv_inputs(1, length, length, heads, 64).values()]
+        upstream = torch.randn(1, length, heads, 64)
 
     def run() -> list[torch.Tensor]:
         torch.manual_seed(5)
         leaves = [t.clone().requires_grad_() for t in tensors]
-        out = flash_attn_func(*leaves, dropout_p, causal=True)
+        with gpt2fast.use_backend(backend):
+            out = flash_attn_func(*leaves, dropout_p, causal=True)
         return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
     assert_deterministic(run)
@@ -431,8 +597,8 @@ def test_nothing_is_written_outside(
     assert all(torch.equal(margin, torch.full_like(margin, -77.0)) for margin in margins)
 
 
-def test_compiles() -> None:
-    inputs = qkv_inputs(2, 33, 33, 2, 16)
+def test_compiles(backend: str) -> None:
+    inputs = qkv_inputs(1, 33, 33, 2, 16)
 
     def separate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return flash_attn_func(q, k, v, causal=True)
@@ -443,13 +609,13 @@ def test_compiles() -> None:
     def packed(qkv: torch.Tensor) -> torch.Tensor:
         return flash_attn_qkvpacked_func(qkv, causal=True)
 
-    assert_compiles(separate, inputs, "cpu")
-    assert_compiles(torch_like, inputs, "cpu")
-    assert_compiles(packed, {"qkv": torch.randn(2, 33, 3, 2, 16)}, "cpu")
+    assert_compiles(separate, inputs, backend)
+    assert_compiles(torch_like, inputs, backend)
+    assert_compiles(packed, {"qkv": torch.randn(1, 33, 3, 2, 16)}, backend)
 
 
-def test_compiles_with_dropout() -> None:
-    qkv = torch.randn(2, 33, 3, 2, 16)
+def test_compiles_with_dropout(backend: str) -> None:
+    qkv = torch.randn(2, 33, 3, 2, 16, device=device_of(backend))
 
     def run(function: object) -> list[torch.Tensor]:
         torch.manual_seed(1)
@@ -463,17 +629,20 @@ def test_compiles_with_dropout() -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(dropped, fullgraph=True, backend="aot_eager")
-    for eager, graph in zip(run(dropped), run(compiled), strict=True):
-        assert torch.equal(eager, graph)
+    with gpt2fast.use_backend(backend):
+        for eager, graph in zip(run(dropped), run(compiled), strict=True):
+            assert torch.equal(eager, graph)
 
 
-def test_opcheck() -> None:
-    q, k, v = qkv_inputs(2, 9, 17, 2, 8).values()
-    dout = torch.randn_like(q)
-    qkv = torch.randn(2, 9, 3, 2, 8)
+def test_opcheck(backend: str) -> None:
+    with device_of(backend):
+        q, k, v = qkv_inputs(2, 9, 17, 2, 8).values()
+        dout = torch.randn_like(q)
+        qkv = torch.randn(2, 9, 3, 2, 8)
+        word = torch.tensor(5)
     for diagonal in (None, 8):
-        for seed in (None, torch.tensor(5)):
-            options = (diagonal, 0.3, 0.2 if seed is not None else 0.0, seed, "cpu")
+        for seed in (None, word):
+            options = (diagonal, 0.3, 0.2 if seed is not None else 0.0, seed, backend)
             torch.library.opcheck(autograd.attention_forward, (q, k, v, *options))
             out, lse = autograd.attention_forward(q, k, v, *options)
             saved = (dout, q, k, v, out, lse)
@@ -501,11 +670,13 @@ def test_fp64_runs_on_the_reference() -> None:
     assert torch.autograd.gradcheck(lambda *a: flash_attn_func(*a, causal=True), (q, k, v))
 
 
-def test_inference_mode_and_no_grad() -> None:
-    q, k, v = (t.requires_grad_() for t in qkv_inputs(1, 20, 20, 2, 16).values())
-    expected = flash_attn_func(q, k, v, causal=True)
+def test_inference_mode_and_no_grad(backend: str) -> None:
+    with device_of(backend):
+        q, k, v = (t.requires_grad_() for t in qkv_inputs(1, 20, 20, 2, 16).values())
+    with gpt2fast.use_backend(backend):
+        expected = flash_attn_func(q, k, v, causal=True)
     for mode in (torch.no_grad(), torch.inference_mode()):
-        with mode:
+        with mode, gpt2fast.use_backend(backend):
             out = flash_attn_func(q, k, v, causal=True)
         assert not out.requires_grad
         assert torch.equal(out, expected)
@@ -558,20 +729,21 @@ def test_wrong_arguments_of_the_others() -> None:
         flash_attn_qkvpacked_func(torch.zeros(1, 2, 3, 2, 4), -0.1)
 
 
-def test_reference_and_kernel_differ_in_bits() -> None:
+def test_reference_and_kernel_differ_in_bits(backend: str) -> None:
     """Guards the tests themselves: `use_backend` really switches the code that runs."""
-    q, k, v = qkv_inputs(1, 64, 64, 2, 64).values()
+    with device_of(backend):
+        q, k, v = qkv_inputs(1, 64, 64, 2, 64).values()
     with gpt2fast.use_backend("reference"):
         expected = flash_attn_func(q, k, v, causal=True)
-    with gpt2fast.use_backend("cpu"):
+    with gpt2fast.use_backend(backend):
         assert not torch.equal(flash_attn_func(q, k, v, causal=True), expected)
 
 
-def test_the_same_tensor_three_times() -> None:
+def test_the_same_tensor_three_times(backend: str) -> None:
     def self_attention(x: torch.Tensor) -> torch.Tensor:
         return flash_attn_func(x, x, x, causal=True)
 
-    assert_compiles(self_attention, {"x": torch.randn(1, 7, 2, 4)}, "cpu")
+    assert_compiles(self_attention, {"x": torch.randn(1, 7, 2, 4)}, backend)
 
 
 def test_forward_mode_derivatives_are_refused() -> None:

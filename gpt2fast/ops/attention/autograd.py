@@ -133,6 +133,109 @@ def _fake_packed_backward(
     return qkv.new_empty(qkv.shape)
 
 
+def _varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return load("attention", backend).varlen_forward(
+        _rows(q),
+        _rows(k),
+        _rows(v),
+        q_starts,
+        k_starts,
+        max_queries,
+        max_keys,
+        causal,
+        _scale(scale, q),
+        dropout_p,
+        seed,
+    )
+
+
+def _fake_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    total, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((2, heads, total), dtype=torch.float32)
+
+
+def _varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    load("attention", backend).varlen_backward(
+        *(_rows(t) for t in (dout, q, k, v, out)),
+        lse,
+        dq,
+        dk,
+        dv,
+        q_starts,
+        k_starts,
+        max_queries,
+        max_keys,
+        causal,
+        _scale(scale, q),
+        dropout_p,
+        seed,
+    )
+    return dq, dk, dv
+
+
+def _fake_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 _OPTIONS = "SymInt? diagonal, float? scale, float dropout_p, Tensor? seed, str backend"
 attention_forward = register(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -150,6 +253,23 @@ attention_packed_backward = register(
     " -> Tensor",
     _packed_backward,
     _fake_packed_backward,
+)
+
+_VARLEN_OPTIONS = (
+    "Tensor q_starts, Tensor k_starts, SymInt max_queries, SymInt max_keys, bool causal,"
+    " float? scale, float dropout_p, Tensor? seed, str backend"
+)
+attention_varlen_forward = register(
+    f"attention_varlen_forward(Tensor q, Tensor k, Tensor v, {_VARLEN_OPTIONS})"
+    " -> (Tensor, Tensor)",
+    _varlen_forward,
+    _fake_varlen_forward,
+)
+attention_varlen_backward = register(
+    "attention_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" {_VARLEN_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _varlen_backward,
+    _fake_varlen_backward,
 )
 
 
@@ -222,3 +342,54 @@ class PackedAttention(torch.autograd.Function):
             backend,
         )
         return dqkv, None, None, None, None, None
+
+
+class VarlenAttention(torch.autograd.Function):
+    """Documents in one row of (total, H, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_starts: Tensor,
+        k_starts: Tensor,
+        max_queries: int,
+        max_keys: int,
+        causal: bool,
+        scale: float | None,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        longest = (max_queries, max_keys)
+        options = (causal, scale, dropout_p, seed, backend)
+        out, lse = call(attention_varlen_forward, q, k, v, q_starts, k_starts, *longest, *options)
+        ctx.save_for_backward(q, k, v, out, lse, q_starts, k_starts, seed)
+        ctx.options = (*longest, causal, scale, dropout_p, backend)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, q_starts, k_starts, seed = ctx.saved_tensors
+        *options, backend = ctx.options
+        grads = call(
+            attention_varlen_backward,
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            q_starts,
+            k_starts,
+            *options,
+            seed,
+            backend,
+        )
+        needed = (
+            g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)
+        )
+        return (*needed, *(None,) * 9)

@@ -12,6 +12,7 @@ from gpt2fast.ops.checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    check_tensor,
     distinct,
     dropout_seed,
 )
@@ -161,3 +162,70 @@ def flash_attn_qkvpacked_func(
         q, k, v = qkv.unbind(2)
         return reference.attention(q, k, v, diagonal, softmax_scale, dropout_p, seed)
     return apply(autograd.PackedAttention, qkv, diagonal, softmax_scale, dropout_p, seed, backend)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """:func:`flash_attn_func` on documents of different length packed into one row, none of which
+    sees another.
+
+    Args:
+        q: (total queries, H, D), float32, bfloat16 or float16; read in place where D is contiguous.
+        k, v: (total keys, H, D), of q's dtype and device, with as many heads as q.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device: document b has rows
+            cu_seqlens[b] to cu_seqlens[b + 1]. They rise from 0 to the number of rows; a document
+            may be empty. On a GPU their values are not checked, since that would wait for it.
+        max_seqlen_q, max_seqlen_k: no document is longer.
+        dropout_p, softmax_scale: as for :func:`scaled_dot_product_attention`.
+        causal: query i of a document sees its keys j <= i + keys - queries (counted from the end).
+
+    Returns:
+        (total queries, H, D), contiguous, of q's dtype. 0 where there is no key.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named.
+    """
+    tensors = {"q": q, "k": k, "v": v}
+    for name, tensor in tensors.items():
+        check_floating(name, tensor)
+    q, k, v = distinct(*autocast(q, k, v))
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ValueError(
+                f"{name} must have three dimensions (total, H, D), got shape {tuple(tensor.shape)}"
+            )
+        check_same_dtype(name, tensor, "q", q)
+        check_same_device(name, tensor, "q", q)
+    if q.shape[-1] == 0:
+        raise ValueError(f"q must have a head size D of at least one, got {tuple(q.shape)}")
+    check_shape("k", k, (k.shape[0], *q.shape[1:]), "heads and head size as q's")
+    check_shape("v", v, tuple(k.shape), "that of k")
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_tensor(name, starts)
+        if starts.dtype != torch.int32:
+            raise TypeError(f"{name} must be torch.int32, got {starts.dtype}")
+        if starts.dim() != 1 or starts.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (B + 1,), got {tuple(starts.shape)}")
+        check_same_device(name, starts, "q", q)
+    check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "that of cu_seqlens_q")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest < 0:
+            raise ValueError(f"{name} must not be negative, got {longest}")
+    check_dropout(dropout_p)
+    both = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+    seed = dropout_seed(dropout_p, q.device)
+    backend = choose(q)
+    options = (max_seqlen_q, max_seqlen_k, causal, softmax_scale, dropout_p, seed)
+    if backend == "reference":
+        return reference.varlen_attention(q, k, v, both[0], both[1], *options)
+    return apply(autograd.VarlenAttention, q, k, v, *distinct(*both), *options, backend)

@@ -1,5 +1,6 @@
 """Attention in plain PyTorch: the specification, differentiated by PyTorch."""
 
+import itertools
 import math
 
 import torch
@@ -15,18 +16,21 @@ def _scramble(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def dropout_mask(seed: Tensor, shape: tuple[int, ...], dropout_p: float) -> Tensor:
+def dropout_mask(
+    seed: Tensor, shape: tuple[int, ...], dropout_p: float, first_batch: int = 0
+) -> Tensor:
     """Which of the (B, H, Tq, Tk) = `shape` probabilities are kept: bool.
 
     A hash of (seed, b, h, i, j) in 32-bit words, so that any block of it can be computed alone, on
     any machine. Its first 24 bits are compared with `dropout_p`. A row (b, h, i) has two words of
     its own, since with one word two rows of a large batch would too often have the same mask.
-    Every backend computes exactly these bits.
+    Every backend computes exactly these bits. Batch entries are counted from `first_batch` on.
     """
     batch, heads, queries, keys = (
         torch.arange(n, device=seed.device).view([-1 if d == axis else 1 for d in range(4)])
         for axis, n in enumerate(shape)
     )
+    batch = batch + first_batch
     seed = seed.reshape(())
     start = _scramble(((seed & _WORD) + 0x9E3779B9) & _WORD) ^ ((seed >> 32) & _WORD)
     first = _scramble((_scramble((_scramble(start) + batch) & _WORD) + heads) & _WORD)
@@ -49,10 +53,12 @@ def attention(
     scale: float | None,
     dropout_p: float,
     seed: Tensor | None,
+    first_batch: int = 0,
 ) -> Tensor:
     """softmax(scale q k^T) v on (B, T, H, D); query i sees keys j <= i + diagonal (None: all).
 
-    The softmax is fp32 for half-precision inputs. A query that sees no key gives 0.
+    The softmax is fp32 for half-precision inputs. A query that sees no key gives 0. Dropout counts
+    batch entries from `first_batch` on.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if scale is None:
@@ -70,7 +76,58 @@ def attention(
     else:
         probabilities = torch.softmax(scores, -1)
     if seed is not None:
-        keep = dropout_mask(seed, tuple(probabilities.shape), dropout_p)
+        keep = dropout_mask(seed, tuple(probabilities.shape), dropout_p, first_batch)
         factor = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         probabilities = (probabilities * factor).masked_fill(~keep, 0.0)
     return (probabilities.to(v.dtype) @ v).transpose(1, 2)
+
+
+def documents(
+    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, max_queries: int, max_keys: int
+) -> list[tuple[slice, slice]]:
+    """Which rows of q and of k each document has. Reads the starts, which waits for a GPU.
+
+    Raises:
+        ValueError: the starts do not lead from 0 to the last row, or a document is longer than its
+            maximum.
+    """
+    lists: list[list[slice]] = []
+    for name, starts, total, longest in (
+        ("q", q_starts, q.shape[0], max_queries),
+        ("k", k_starts, k.shape[0], max_keys),
+    ):
+        bounds = starts.tolist()
+        pairs = list(itertools.pairwise(bounds))
+        if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairs):
+            raise ValueError(
+                f"cu_seqlens_{name} must rise from 0 to {total}, the rows of {name}, got {bounds}"
+            )
+        if any(b - a > longest for a, b in pairs):
+            raise ValueError(
+                f"max_seqlen_{name} is {longest}, but a document has {max(b - a for a, b in pairs)}"
+            )
+        lists.append([slice(a, b) for a, b in pairs])
+    return list(zip(*lists, strict=True))
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """:func:`attention` on every document of (total, H, D); causal counts from a document's end."""
+    parts = []
+    for b, (queries, keys) in enumerate(documents(q, k, q_starts, k_starts, max_queries, max_keys)):
+        diagonal = (keys.stop - keys.start) - (queries.stop - queries.start) if causal else None
+        here = (q[queries].unsqueeze(0), k[keys].unsqueeze(0), v[keys].unsqueeze(0))
+        parts.append(attention(*here, diagonal, scale, dropout_p, seed, b)[0])
+    # The sum ties k and v into the graph where there is no document.
+    return torch.cat(parts) if parts else q.clone() + 0 * (k.sum() + v.sum())

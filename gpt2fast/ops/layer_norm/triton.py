@@ -26,7 +26,7 @@ from gpt2fast.ops.triton_common import (
     INTERPRETED,
     dropout_numbers,
     head_words,
-    kept,
+    kept_mask,
     launch,
     power_of_two,
     row_words,
@@ -71,7 +71,7 @@ def _kept(seed, row, column, threshold):
     """Dropout's mask of rows and columns, that of attention's first head."""
     first, second = head_words(seed, 0, 0)
     first, second = row_words(first, second, row)
-    return kept(first[:, None], second[:, None], column[None, :], threshold)
+    return kept_mask(first[:, None], second[:, None], column[None, :], threshold)
 
 
 @triton.jit
