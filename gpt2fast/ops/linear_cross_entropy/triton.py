@@ -192,8 +192,8 @@ def _scale_kernel(values, factor, count, size, BLOCK: tl.constexpr):
     if factor is not None:
         by = tl.load(factor).to(tl.float32)
     if count is not None:
-        by /= tl.load(count)
-        by = tl.where(tl.abs(by) < float("inf"), by, 0.0)  # no row counts: the gradient is 0
+        rows = tl.load(count)
+        by = tl.where(rows > 0, by / rows, 0.0)  # where no row counts, the gradient is 0
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < tl.where(by != 1.0, size, 0)
     tl.store(values + place, tl.load(values + place, mask=mask, other=0.0) * by, mask=mask)
