@@ -143,11 +143,10 @@ def varlen_forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty((2, q.shape[1], q.shape[0]), dtype=torch.float32)
     for b, (queries, keys) in enumerate(documents(q, k, q_starts, k_starts, max_queries, max_keys)):
-        here = (
-            t[rows].unsqueeze(0) for t, rows in ((q, queries), (k, keys), (v, keys), (out, queries))
-        )
+        q_, k_, v_ = (t[rows].unsqueeze(0) for t, rows in ((q, queries), (k, keys), (v, keys)))
+        out_, lse_ = out[queries].unsqueeze(0), _of_document(lse, queries)
         diagonal = (keys.stop - keys.start) - (queries.stop - queries.start) if causal else None
-        _forward(*here, _of_document(lse, queries), diagonal, scale, dropout_p, seed, b)
+        _forward(q_, k_, v_, out_, lse_, diagonal, scale, dropout_p, seed, b)
     return out, lse
 
 

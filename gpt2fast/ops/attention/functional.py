@@ -231,10 +231,10 @@ def flash_attn_varlen_func(
         if longest < 0:
             raise ValueError(f"{name} must not be negative, got {longest}")
     _check_dropout(dropout_p)
-    starts = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+    q_starts, k_starts = distinct(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     seed = _seed(dropout_p, q.device)
     backend = choose(q)
     options = (max_seqlen_q, max_seqlen_k, causal, softmax_scale, dropout_p, seed)
     if backend == "reference":
-        return reference.varlen_attention(q, k, v, *starts, *options)
-    return autograd.VarlenAttention.apply(q, k, v, *distinct(*starts), *options, backend)
+        return reference.varlen_attention(q, k, v, q_starts, k_starts, *options)
+    return autograd.VarlenAttention.apply(q, k, v, q_starts, k_starts, *options, backend)
