@@ -1,0 +1,2 @@
+def optimize(*a, **k):
+    raise NotImplementedError
