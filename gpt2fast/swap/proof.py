@@ -65,12 +65,18 @@ def _run(
     dtype: torch.dtype,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Output and gradients of `function(module, x)` with x, parameters and buffers in `dtype`."""
-    leaves = {
-        f"module.{name}": parameter.detach().to(dtype, copy=True).requires_grad_()
-        for name, parameter in module.named_parameters()
-    }
-    state = leaves | {
+    """Output and gradients of `function(module, x)` with x, parameters and buffers in `dtype`.
+
+    The parameters are the module's with a little noise that `seed` determines.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    leaves = {}
+    for name, parameter in module.named_parameters():
+        # Fresh weights have ones and zeros that hide much: an unused bias, a factor of a sum.
+        noise = 0.02 * torch.randn(parameter.shape, generator=generator)
+        moved = parameter.detach() + noise.to(parameter)
+        leaves[f"module.{name}"] = moved.to(dtype, copy=True).requires_grad_()
+    state: dict[str, Tensor] = leaves | {
         f"module.{name}": buffer.to(dtype) if buffer.is_floating_point() else buffer
         for name, buffer in module.named_buffers()
     }

@@ -45,8 +45,7 @@ def bind(module: nn.Module, function: Callable[..., Any], plan: Any = None) -> N
     """Makes `function` the forward of `module`; `plan` is what it needs to know, see :func:`plan`."""
     assert function in _FAST
     module.__dict__["forward"] = types.MethodType(function, module)
-    if plan is not None:
-        module.__dict__[_PLAN] = plan
+    module.__dict__[_PLAN] = plan
 
 
 def plan(module: nn.Module) -> Any:
