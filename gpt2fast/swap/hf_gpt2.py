@@ -27,7 +27,7 @@ from gpt2fast import functional
 from gpt2fast.swap.conv1d import conv1d_gelu_mlp
 from gpt2fast.swap.lazy_logits import lazy_head
 from gpt2fast.swap.proof import is_tanh_gelu
-from gpt2fast.swap.report import SwapReport, bind, bound, fast_forward, is_plain, obstacle, original
+from gpt2fast.swap.report import Entry, SwapReport, bind, bound, fast_forward, is_plain, obstacle, original
 
 #: Keywords of GPT2Attention.forward, in one version or another, that do not change its result.
 _HARMLESS = frozenset(
@@ -229,7 +229,7 @@ def apply_gpt2fast_to_gpt2(
 
     Returns:
         A :class:`gpt2fast.swap.SwapReport`: what was replaced, what was left alone and why. Its
-        `revert()` undoes all of it. For `model=None` it grows with every model that is built.
+        `revert()` undoes all of it. For `model=None` it tells of all models built since that live.
 
     Raises:
         TypeError: `model` is no module.
@@ -269,15 +269,19 @@ def _swap_classes(report: SwapReport, wanted: dict[str, bool], modeling: Any) ->
     """Makes every GPT-2 swap itself at the end of its __init__, by its `post_init`."""
     base = modeling.GPT2PreTrainedModel
     before = base.__dict__.get("post_init")
+    built: list[tuple[weakref.ref[nn.Module], list[Entry]]] = []
 
     def post_init(self: nn.Module) -> None:
         inherited = before or super(base, self).post_init  # type: ignore[misc]
         inherited(self) if before else inherited()
-        known = {entry.name for entry in report.entries}
         part = SwapReport()
         _swap(self, part, wanted, modeling)
-        report.entries.extend(entry for entry in part.entries if entry.name not in known)
-        report._models.append(weakref.ref(self))
+        # A model with a head holds one without, which came first: it speaks for both.
+        inside = set(self.modules())
+        kept = [(r, e) for r, e in built if (m := r()) is not None and m not in inside]
+        built[:] = [*kept, (weakref.ref(self), part.entries)]
+        report.entries[:] = [entry for _, entries in built for entry in entries]
+        report._models[:] = [reference for reference, _ in built]
 
     def undo() -> None:
         if base.__dict__.get("post_init") is not post_init:

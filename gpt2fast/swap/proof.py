@@ -145,6 +145,17 @@ def _inaccurate(
     return None
 
 
+def _stored(module: nn.Module, before: dict[str, object]) -> bool:
+    """Whether the module's attributes are others than before; puts them back."""
+    now = module.__dict__
+    changed = now.keys() != before.keys() or any(now[n] is not v for n, v in before.items())
+    if changed:
+        for name in now.keys() - before.keys():
+            del now[name]
+        now.update(before)
+    return changed
+
+
 def why_not_equal(
     module: nn.Module,
     theirs: Callable[..., Tensor],
@@ -160,12 +171,12 @@ def why_not_equal(
 
     if any(p.is_meta for p in module.parameters()):
         return "its parameters have no values yet (meta device)"
-    before = dict(module.__dict__)
     reason = None
     for seed in range(3):  # an unlucky rounding is no reason to leave a module alone
         generator = torch.Generator().manual_seed(seed)
         for training in (False, True):
             with _mode(module, training):
+                before = dict(module.__dict__)
                 try:
                     y = _run(module, theirs, inputs, None, torch.float64, seed)["output"]
                     upstream = torch.randn(y.shape, generator=generator, dtype=torch.float64)
@@ -173,11 +184,7 @@ def why_not_equal(
                     truth = _run(module, theirs, inputs, upstream, torch.float64, seed)
                 except Exception as error:
                     return f"a probe batch of {tuple(inputs.shape)} fails in it: {error}"
-                if module.__dict__.keys() != before.keys() or any(
-                    module.__dict__[name] is not value for name, value in before.items()
-                    if name != "training"
-                ):
-                    module.__dict__.update(before)
+                if _stored(module, before):
                     return "its forward stores attributes"
                 try:
                     with use_backend("reference"):

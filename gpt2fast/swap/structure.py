@@ -149,6 +149,19 @@ def cross_entropy_loss(self: nn.CrossEntropyLoss, input: Tensor, target: Tensor)
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
+_KINDS: dict[Callable[..., Any], str] = {
+    layer_norm: "layer_norm",
+    custom_layer_norm: "layer_norm",
+    gelu: "gelu",
+    mlp: "mlp",
+    attention: "attention",
+    cross_entropy_loss: "loss",
+    lazy_head: "loss",
+    hf_gpt2.attention: "attention",
+    hf_gpt2.mlp: "mlp",
+}
+
+
 def _linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in module._modules.items() if isinstance(m, nn.Linear)}
 
@@ -187,22 +200,23 @@ def _looks_like_gelu(module: nn.Module) -> bool:
     return silent and _callable(module) and "gelu" in type(module).__name__.lower()
 
 
-def _mlp_plan(module: nn.Module) -> MlpPlan | None:
+def _mlp_plans(module: nn.Module) -> list[MlpPlan]:
+    """What `module` may compute if it is an MLP; none if it is not."""
     linears, others = _linears(module), _others(module)
     drops = [name for name, part in others.items() if isinstance(part, nn.Dropout)]
     acts = [name for name, part in others.items() if not isinstance(part, nn.Dropout)]
     if len(linears) != 2 or len(drops) > 1 or len(acts) > 1 or not _callable(module):
-        return None
-    (fc, first), (proj, second) = linears.items()
-    if first.out_features != second.in_features:
-        fc, proj, first, second = proj, fc, second, first
-    if first.out_features != second.in_features:
-        return None
+        return []
     if acts and any(True for _ in others[acts[0]].parameters()):
-        return None
+        return []
     if not acts and not _source_has(module, "gelu"):
-        return None
-    return MlpPlan(fc, proj, drops[0] if drops else None)
+        return []
+    first, second = linears
+    return [
+        MlpPlan(fc, proj, drops[0] if drops else None)
+        for fc, proj in ((first, second), (second, first))
+        if linears[fc].out_features == linears[proj].in_features
+    ]
 
 
 def _heads(module: nn.Module) -> int | None:
@@ -332,27 +346,32 @@ def _try_norm(module: nn.Module) -> tuple[Callable[..., Any], Any, str | None]:
     return custom_layer_norm, None, why
 
 
-def _try_mlp(module: nn.Module, how: MlpPlan) -> str | None:
-    fc, proj = module._modules[how.fc], module._modules[how.proj]
-    for name, part in ((how.fc, fc), (how.proj, proj)):
-        if not is_plain(part, nn.Linear):  # type: ignore[arg-type]
-            return f"{name} is a {type(part).__name__} or has hooks, not a plain Linear"
-    assert isinstance(fc, nn.Linear)
-    why = _prove(module, mlp, how, fc.in_features)
-    if why is None:
-        return None
+def _try_mlp(module: nn.Module, plans: list[MlpPlan]) -> tuple[MlpPlan | None, str | None]:
+    reasons = []
+    for how in plans:
+        fc, proj = module._modules[how.fc], module._modules[how.proj]
+        for name, part in ((how.fc, fc), (how.proj, proj)):
+            if not is_plain(part, nn.Linear):  # type: ignore[arg-type]
+                return None, f"{name} is a {type(part).__name__} or has hooks, not a plain Linear"
+        assert isinstance(fc, nn.Linear)
+        if (why := _prove(module, mlp, how, fc.in_features)) is None:
+            return how, None
+        reasons.append(why)
+        if _is_erf_mlp(module, how, fc.in_features):
+            return None, ERF
+    return None, f"not Linear, tanh-GELU, Linear: {reasons[0]}"
 
-    def with_erf(part: nn.Module, x: Tensor) -> Tensor:
-        first, second = (part._modules[name] for name in (how.fc, how.proj))
-        assert isinstance(first, nn.Linear)
-        assert isinstance(second, nn.Linear)
-        y = F.linear(F.gelu(F.linear(x, first.weight, first.bias)), second.weight, second.bias)
-        return y if how.tail is None else part._modules[how.tail](y)  # type: ignore[misc]
+
+def _is_erf_mlp(module: nn.Module, how: MlpPlan, width: int) -> bool:
+    def with_erf(part: Any, x: Tensor) -> Tensor:
+        parts = part._modules
+        fc, proj = parts[how.fc], parts[how.proj]
+        y = F.linear(F.gelu(F.linear(x, fc.weight, fc.bias)), proj.weight, proj.bias)
+        return y if how.tail is None else parts[how.tail](y)
 
     dtype, device = _placed(module)
-    probe = torch.randn((2, 5, fc.in_features), generator=torch.Generator().manual_seed(7))
-    erf = why_not_equal(module, original, with_erf, probe.to(device, dtype)) is None
-    return ERF if erf else f"not Linear, tanh-GELU, Linear: {why}"
+    x = torch.randn((2, 5, width), generator=torch.Generator().manual_seed(7))
+    return why_not_equal(module, original, with_erf, x.to(device, dtype)) is None
 
 
 def _try_attention(
@@ -377,7 +396,9 @@ def _try_head(head: nn.Linear) -> str | None:
         return "its weight has no values yet (meta device)"
     dtype, device = _placed(head)
     classes = min(head.out_features, 509)
-    stand_in = nn.Linear(head.in_features, classes, bias=False, device=device, dtype=dtype)
+    stand_in = nn.utils.skip_init(  # no random numbers: those of the user stay as they are
+        nn.Linear, head.in_features, classes, bias=False, device=device, dtype=dtype
+    )
     with torch.no_grad():
         stand_in.weight.copy_(head.weight[:classes])
     generator = torch.Generator().manual_seed(7)
@@ -494,10 +515,11 @@ class _Search:
     def walk(self, root: nn.Module) -> None:
         heads = _find_heads(root) if self.wanted["loss"] else {}
         for name, module in root.named_modules():
-            if name in self.known or module in self.inside:
-                continue
             if (fast := bound(module)) is not None:
-                self.report.add(name, module, fast.__name__, None, "replaced before")
+                self.inside.update(module.children())
+                if name not in self.known:
+                    self.report.add(name, module, _KINDS[fast], None, "replaced before")
+            if name in self.known or module in self.inside or fast is not None:
                 continue
             self.look(name, module, heads)
 
@@ -520,9 +542,11 @@ class _Search:
                 self.put(name, module, "attention", attention, None, why)
         elif plans := _attention_plans(module):
             self.attention(name, module, plans)
-        elif (how := _mlp_plan(module)) is not None:
+        elif mlps := _mlp_plans(module):
             if wanted["mlp"]:
-                why = obstacle(module) or _try_mlp(module, how)
+                how, why = None, obstacle(module)
+                if why is None:
+                    how, why = _try_mlp(module, mlps)
                 self.put(name, module, "mlp", mlp, how, why)
                 self.inside.update(module.children() if why in (None, ERF) else ())
         elif _looks_like_gelu(module):
