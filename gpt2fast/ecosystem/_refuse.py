@@ -17,7 +17,9 @@ def refuse(function: str, **given: tuple[Any, Any]) -> None:
         if isinstance(value, (int, float, list, tuple)) and not same:
             same = (tuple(value) if isinstance(value, list) else value) == supported
         if not same:
-            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+            shown = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+            )
             raise ValueError(
                 f"{name}={shown} is not supported by gpt2fast's {function}, only {supported!r} is"
             )

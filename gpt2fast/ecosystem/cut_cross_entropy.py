@@ -47,7 +47,8 @@ def linear_cross_entropy(
         TypeError, ValueError: a wrong or unsupported argument, named.
 
     >>> import torch
-    >>> linear_cross_entropy(torch.zeros(1, 3, 8), torch.zeros(4, 8), torch.tensor([[0, 3, 1]]), shift=True)
+    >>> e, c, targets = torch.zeros(1, 3, 8), torch.zeros(4, 8), torch.tensor([[0, 3, 1]])
+    >>> linear_cross_entropy(e, c, targets, shift=True)
     tensor(1.3863)
     """
     refuse("linear_cross_entropy", bias=(bias, None), softcap=(softcap, None))

@@ -527,7 +527,5 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor, process_group: Any = None) -> Tensor | tuple[Tensor, Tensor]:
         """x (..., C) -> (..., out_features), or that and x."""
         refuse("FusedMLP", process_group=(process_group, None))
-        y = functional.gelu_mlp(
-            x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        )
+        y = functional.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return (y, x) if self.return_residual else y

@@ -68,9 +68,7 @@ class LigerLayerNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return functional.layer_norm(
-            hidden_states, self.weight, self.bias, self.variance_epsilon
-        )
+        return functional.layer_norm(hidden_states, self.weight, self.bias, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, eps={self.eps}"

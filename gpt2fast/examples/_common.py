@@ -54,7 +54,9 @@ def arguments(description: str | None, argv: list[str] | None) -> argparse.Names
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=40, help="optimisation steps")
-    parser.add_argument("--data", type=Path, help="a folder of shards; default: Python's own source")
+    parser.add_argument(
+        "--data", type=Path, help="a folder of shards; default: Python's own source"
+    )
     for name, default in (
         ("batch-size", 8),
         ("block-size", 128),
@@ -112,7 +114,7 @@ def run(
                 print(f"{number:5d} {losses[0][-1]:10.6f} {losses[1][-1]:10.6f}")
         tokens = options.batch_size * options.block_size
         speeds = [tokens / statistics.median(t[1:] or t) for t in times]
-        result = Result(*losses, *speeds, report)
+        result = Result(losses[0], losses[1], speeds[0], speeds[1], report)
     print(f"\nlargest distance of the curves: {result.distance:.1e} of the loss")
     print(
         f"tokens/s: original {speeds[0]:,.0f}, swapped {speeds[1]:,.0f}"

@@ -97,9 +97,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         logits = self.lm_head(x)
-        loss = F.cross_entropy(
-            logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1
-        )
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         return logits, loss
 
 
@@ -124,9 +122,7 @@ def main(argv: list[str] | None = None) -> Result:
 
     def make(vocab_size: int) -> nn.Module:
         return GPT(
-            Config(
-                vocab_size, options.block_size, options.layers, options.heads, options.width
-            )
+            Config(vocab_size, options.block_size, options.layers, options.heads, options.width)
         )
 
     return run(options, make, training_step, gpt2fast.optimize)

@@ -27,7 +27,16 @@ from gpt2fast import functional
 from gpt2fast.swap.conv1d import conv1d_gelu_mlp
 from gpt2fast.swap.lazy_logits import lazy_head
 from gpt2fast.swap.proof import is_tanh_gelu
-from gpt2fast.swap.report import Entry, SwapReport, bind, bound, fast_forward, is_plain, obstacle, original
+from gpt2fast.swap.report import (
+    Entry,
+    SwapReport,
+    bind,
+    bound,
+    fast_forward,
+    is_plain,
+    obstacle,
+    original,
+)
 
 #: Keywords of GPT2Attention.forward, in one version or another, that do not change its result.
 _HARMLESS = frozenset(
@@ -272,7 +281,7 @@ def _swap_classes(report: SwapReport, wanted: dict[str, bool], modeling: Any) ->
     built: list[tuple[weakref.ref[nn.Module], list[Entry]]] = []
 
     def post_init(self: nn.Module) -> None:
-        inherited = before or super(base, self).post_init  # type: ignore[misc]
+        inherited = before or super(base, self).post_init
         inherited(self) if before else inherited()
         part = SwapReport()
         _swap(self, part, wanted, modeling)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from gpt2fast import functional
-from gpt2fast.swap.report import fast_forward, original
+from gpt2fast.swap.report import fast_forward, has_hooks, original
 
 _transforms_active = torch._C._are_functorch_transforms_active
 
@@ -39,10 +39,8 @@ class LazyLogits(Tensor):
     _versions: tuple[int, int]
     _real: Tensor | None
 
-    __torch_function__: Callable[..., Any]
-
     @classmethod
-    def __torch_function__(  # type: ignore[no-redef]
+    def __torch_function__(
         cls,
         function: Callable[..., Any],
         types: Any,
@@ -61,7 +59,7 @@ class LazyLogits(Tensor):
         return function(*tree_map(_computed, args), **tree_map(_computed, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return function(*tree_map(_computed, args), **tree_map(_computed, kwargs or {}))
@@ -91,7 +89,7 @@ class _Head(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, classes: int, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(
             LazyLogits, (*hidden.shape[:-1], classes), dtype=dtype, device=hidden.device
         )
 
@@ -207,14 +205,14 @@ def _select(logits: LazyLogits, index: Any) -> Any:
     if len(entries) > hidden.dim():
         return NotImplemented
     if len(entries) == hidden.dim():
-        *entries, last = entries
+        entries, last = entries[:-1], entries[-1]
         if not isinstance(last, slice):
             return NotImplemented
         begin, end, step = last.indices(classes)
         if begin != 0 or step != 1 or end < 1:
             return NotImplemented
         classes = end
-    return _like(logits, hidden[tuple(entries)], classes)
+    return _like(logits, hidden[entries], classes)
 
 
 def _cross_entropy(
@@ -266,8 +264,11 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.__getitem__: _select,
 }
 
+_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf")
+_ATTRIBUTES += ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested")
+
 #: What describes a tensor without reading it.
-_DESCRIBING = {
+_DESCRIBING: set[Any] = {
     Tensor.size,
     Tensor.dim,
     Tensor.ndimension,
@@ -278,13 +279,7 @@ _DESCRIBING = {
     torch.is_floating_point,
     torch.numel,
     Tensor.get_device,
-    *(
-        getattr(Tensor, name).__get__
-        for name in (
-            "shape dtype device ndim layout requires_grad grad_fn is_leaf is_cuda is_cpu is_meta"
-            " is_sparse is_quantized is_nested"
-        ).split()
-    ),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
 }
 
 
@@ -299,6 +294,7 @@ def lazy_head(self: nn.Linear, input: Tensor) -> Tensor:
         or not torch.is_grad_enabled()
         or _transforms_active()
         or self.bias is not None
+        or has_hooks(self)  # FSDP frees the weight behind the head; others want to see logits
         or type(input) is not Tensor
         or type(weight) is not nn.Parameter  # a shard, or a view that FSDP frees after forward
         or not (weight.requires_grad or input.requires_grad)

@@ -114,7 +114,7 @@ def attention(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return original(self, x, *args, **kwargs)
     parts = self._modules
     dropout = _probability(self, how.dropout)
-    batch, length, width = x.shape
+    batch, length, _ = x.shape
     if len(how.qkv) == 1:
         qkv = parts[how.qkv[0]](x).view(batch, length, 3, how.heads, -1)
         out = functional.flash_attn_qkvpacked_func(qkv, dropout, causal=how.causal)
@@ -308,9 +308,10 @@ def _prove(
     generator = torch.Generator().manual_seed(7)
     x = torch.randn((3, length, width), generator=generator)
     if spread:  # rows in which another epsilon, or a lost mean, would show
-        x = x * torch.tensor([1e-3, 1.0, 30.0])[:, None, None] + torch.tensor([0.0, 1.0, 9.0])[
-            :, None, None
-        ]
+        x = (
+            x * torch.tensor([1e-3, 1.0, 30.0])[:, None, None]
+            + torch.tensor([0.0, 1.0, 9.0])[:, None, None]
+        )
     module.__dict__["_gpt2fast_plan"] = how
     try:
         return why_not_equal(module, original, ours, x.to(device, dtype))
@@ -327,15 +328,14 @@ def _epsilons(module: nn.Module) -> list[float]:
 
 
 def _try_norm(module: nn.Module) -> tuple[Callable[..., Any], Any, str | None]:
+    why: str | None = "it is no layer norm"
     if isinstance(module, nn.LayerNorm):
         if len(module.normalized_shape) != 1:
-            why = f"it normalises {len(module.normalized_shape)} dimensions"
-            return layer_norm, None, why
+            return layer_norm, None, f"it normalises {len(module.normalized_shape)} dimensions"
         if not module.elementwise_affine:
             return layer_norm, None, None if type(module) is nn.LayerNorm else "a subclass"
         width = module.normalized_shape[0]
         return layer_norm, None, _prove(module, layer_norm, None, width, spread=True)
-    why: str | None = "it is no layer norm"
     weight = module._parameters["weight"]
     assert weight is not None
     for eps in _epsilons(module):
@@ -531,9 +531,7 @@ class _Search:
         elif isinstance(module, nn.CrossEntropyLoss):
             if wanted["loss"]:
                 why = "it has class weights" if module.weight is not None else None
-                self.put(
-                    name, module, "loss", cross_entropy_loss, None, obstacle(module) or why
-                )
+                self.put(name, module, "loss", cross_entropy_loss, None, obstacle(module) or why)
         elif isinstance(module, nn.LayerNorm) or _looks_like_norm(module):
             self.norm(name, module)
         elif isinstance(module, nn.MultiheadAttention):

@@ -396,9 +396,7 @@ def test_all_models_built_from_now_on(everywhere: SwapReport, tmp_path: Path) ->
         make()(x)
     assert not spy.seen
     torch.testing.assert_close(ours, theirs)
-    assert "post_init" not in vars(
-        transformers.models.gpt2.modeling_gpt2.GPT2PreTrainedModel
-    )
+    assert "post_init" not in vars(transformers.models.gpt2.modeling_gpt2.GPT2PreTrainedModel)
 
 
 def test_what_is_left_alone_has_a_reason() -> None:
