@@ -264,8 +264,10 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.__getitem__: _select,
 }
 
-_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf")
-_ATTRIBUTES += ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested")
+_ATTRIBUTES: tuple[str, ...] = (
+    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf"),
+    *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested"),
+)
 
 #: What describes a tensor without reading it.
 _DESCRIBING: set[Any] = {
