@@ -8,10 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt2fast import functional, nn, optim
+    from gpt2fast import ecosystem, functional, nn, optim, swap
     from gpt2fast.backends import BackendUnavailable, keep_freed_memory, use_backend
     from gpt2fast.generation import generate
     from gpt2fast.model import GPT, GPTConfig, KVCache
+    from gpt2fast.swap import apply_gpt2fast_to_gpt2, optimize
 
 __version__ = "0.1.0"
 
@@ -20,11 +21,15 @@ __all__ = [
     "BackendUnavailable",
     "GPTConfig",
     "KVCache",
+    "apply_gpt2fast_to_gpt2",
+    "ecosystem",
     "functional",
     "generate",
     "keep_freed_memory",
     "nn",
     "optim",
+    "optimize",
+    "swap",
     "use_backend",
 ]
 
@@ -37,6 +42,8 @@ _HOMES = {
     "GPT": "gpt2fast.model",
     "GPTConfig": "gpt2fast.model",
     "KVCache": "gpt2fast.model",
+    "apply_gpt2fast_to_gpt2": "gpt2fast.swap",
+    "optimize": "gpt2fast.swap",
 }
 
 

@@ -70,7 +70,7 @@ def test_nanogpt_style_block_keeps_weights_and_results() -> None:
 def test_hugging_face_model_keeps_results(padded: bool) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    fast = block_with("AttentionInterface")["model"].eval()
+    fast = block_with("apply_gpt2fast_to_gpt2")["model"].eval()
     plain = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=64)).eval()
     plain.load_state_dict(fast.state_dict())
     idx = torch.randint(50257, (2, 23))
@@ -91,7 +91,7 @@ def test_hugging_face_model_keeps_results(padded: bool) -> None:
 
 
 def test_hugging_face_model_runs_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = block_with("AttentionInterface")["model"]
+    model = block_with("apply_gpt2fast_to_gpt2")["model"]
     seen = set()
 
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):
@@ -106,6 +106,15 @@ def test_hugging_face_model_runs_our_kernels(monkeypatch: pytest.MonkeyPatch) ->
     ours = {name for name in seen if name.startswith("gpt2fast.")}
     for op in ("layer_norm_forward", "gelu_forward", "attention_forward"):
         assert any(op in name for name in ours), ours
+
+
+def test_any_model_takes_the_kernels() -> None:
+    names = block_with("gpt2fast.optimize(model)")
+    assert names["report"].counts() == {"mlp": 1, "layer_norm": 1, "loss": 1}
+    assert not names["logits"].is_computed()
+    names["report"].revert()
+    logits = names["model"](torch.arange(12))
+    torch.testing.assert_close(F.cross_entropy(logits, torch.arange(12)), names["loss"])
 
 
 def test_our_model_runs() -> None:

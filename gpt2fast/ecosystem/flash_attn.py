@@ -1,0 +1,531 @@
+"""flash-attn's names: attention, layer norm with residual, cross-entropy, the MLP.
+
+The originals are described at https://github.com/Dao-AILab/flash-attention; the arguments are
+theirs, in their order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt2fast import functional
+from gpt2fast.ecosystem._refuse import refuse
+from gpt2fast.ops.checks import check_floating, check_shape
+
+__all__ = [
+    "CrossEntropyLoss",
+    "FusedMLP",
+    "cross_entropy_loss",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "layer_norm_fn",
+]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    """softmax(softmax_scale q k^T) v, see :func:`gpt2fast.functional.flash_attn_func`.
+
+    Args:
+        q: (B, Tq, H, D), float32, bfloat16 or float16.
+        k, v: (B, Tk, H, D): as many heads as q (no grouped-query attention).
+        dropout_p, softmax_scale, causal: supported; causal counts from the end of the keys.
+        deterministic: either; the kernels always are.
+        window_size, softcap, alibi_slopes, return_attn_probs: only their defaults.
+
+    Returns:
+        (B, Tq, H, D) of q's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong or unsupported argument, named.
+
+    >>> q = torch.randn(1, 5, 2, 8)
+    >>> flash_attn_func(q, q, q, causal=True).shape
+    torch.Size([1, 5, 2, 8])
+    """
+    _refuse_masks("flash_attn_func", window_size, softcap, alibi_slopes)
+    refuse("flash_attn_func", return_attn_probs=(return_attn_probs, False))
+    return functional.flash_attn_func(q, k, v, dropout_p, softmax_scale, causal)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    """:func:`flash_attn_func` on qkv (B, T, 3, H, D), whose gradient comes out packed.
+
+    Returns:
+        (B, T, H, D) of qkv's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong or unsupported argument, named.
+
+    >>> flash_attn_qkvpacked_func(torch.randn(1, 5, 3, 2, 8)).shape
+    torch.Size([1, 5, 2, 8])
+    """
+    _refuse_masks("flash_attn_qkvpacked_func", window_size, softcap, alibi_slopes)
+    refuse("flash_attn_qkvpacked_func", return_attn_probs=(return_attn_probs, False))
+    return functional.flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale, causal)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    """:func:`flash_attn_func` with keys and values in one kv (B, Tk, 2, H, D).
+
+    Returns:
+        (B, Tq, H, D) of q's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong or unsupported argument, named.
+
+    >>> flash_attn_kvpacked_func(torch.randn(1, 5, 2, 8), torch.randn(1, 7, 2, 2, 8)).shape
+    torch.Size([1, 5, 2, 8])
+    """
+    _refuse_masks("flash_attn_kvpacked_func", window_size, softcap, alibi_slopes)
+    refuse("flash_attn_kvpacked_func", return_attn_probs=(return_attn_probs, False))
+    check_floating("kv", kv)
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise ValueError(f"kv must have shape (B, T, 2, H, D), got {tuple(kv.shape)}")
+    k, v = kv.unbind(2)
+    return functional.flash_attn_func(q, k, v, dropout_p, softmax_scale, causal)
+
+
+def _refuse_masks(
+    function: str, window_size: Any, softcap: float, alibi_slopes: Tensor | None
+) -> None:
+    refuse(
+        function,
+        window_size=(window_size, (-1, -1)),
+        softcap=(softcap, 0.0),
+        alibi_slopes=(alibi_slopes, None),
+    )
+
+
+def _integers(name: str, value: int | Tensor | None, batch: int, missing: int) -> list[int]:
+    if value is None:
+        return [missing] * batch
+    if isinstance(value, int):
+        return [value] * batch
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be an int or an integer tensor, got {type(value).__name__}")
+    check_shape(name, value, (batch,), "the batch size of q")
+    return value.tolist()
+
+
+@torch.no_grad()
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor:
+    """Attention of new queries over a key/value cache, which takes in the new keys and values.
+
+    Without gradients. Lengths in tensors are read by the host, which on a GPU waits for it; where
+    they differ in the batch, each sequence is a call of the kernel.
+
+    Args:
+        q: (B, Tq, H, D), float32, bfloat16 or float16.
+        k_cache, v_cache: (B_cache, T_cache, H, D). Written in place where k and v are given.
+        k, v: (B, T_new, H, D) or None: put behind the first `cache_seqlens` positions.
+        cache_seqlens: int or (B,) integers: how much of the cache is filled. None: all of it,
+            or, with k and v, nothing.
+        cache_batch_idx: (B,) integers: the row of the cache for each row of q; None: the same.
+        cache_leftpad: (B,) integers: where in the cache each sequence begins; None: at 0.
+        softmax_scale: default 1 / sqrt(D).
+        causal: the last query sees all keys, the one before all but the last, and so on.
+        num_splits: any; a hint that has no meaning here.
+        rotary_cos, rotary_sin, block_table, window_size, softcap, alibi_slopes,
+        return_softmax_lse: only their defaults. rotary_interleaved: without rotary it means nothing.
+
+    Returns:
+        (B, Tq, H, D) of q's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong or unsupported argument, named.
+
+    >>> cache = torch.zeros(2, 1, 16, 4, 8)
+    >>> q, k, v = torch.randn(3, 1, 1, 4, 8)
+    >>> flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=3, causal=True).shape
+    torch.Size([1, 1, 4, 8])
+    """
+    name = "flash_attn_with_kvcache"
+    _refuse_masks(name, window_size, softcap, alibi_slopes)
+    refuse(
+        name,
+        rotary_cos=(rotary_cos, None),
+        rotary_sin=(rotary_sin, None),
+        block_table=(block_table, None),
+        return_softmax_lse=(return_softmax_lse, False),
+    )
+    for what, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_floating(what, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{what} must have shape (B, T, H, D), got {tuple(tensor.shape)}")
+    check_shape("v_cache", v_cache, tuple(k_cache.shape), "that of k_cache")
+    if (k is None) != (v is None):
+        raise ValueError("k and v must be given together")
+    batch, capacity = q.shape[0], k_cache.shape[1]
+    new = 0
+    if k is not None and v is not None:
+        check_floating("k", k)
+        if k.dim() != 4:
+            raise ValueError(f"k must have shape (B, T, H, D), got {tuple(k.shape)}")
+        new = k.shape[1]
+        check_shape("k", k, (batch, new, *k_cache.shape[2:]), "q's batch, k_cache's H and D")
+        check_shape("v", v, tuple(k.shape), "that of k")
+    filled = _integers("cache_seqlens", cache_seqlens, batch, capacity if k is None else 0)
+    begins = _integers("cache_leftpad", cache_leftpad, batch, 0)
+    rows = list(range(batch))
+    if cache_batch_idx is not None:
+        rows = _integers("cache_batch_idx", cache_batch_idx, batch, 0)
+    if max(rows, default=0) >= k_cache.shape[0] or min(rows, default=0) < 0:
+        raise ValueError(
+            f"k_cache has {k_cache.shape[0]} rows, too few for q's batch of {batch}"
+            if cache_batch_idx is None
+            else f"cache_batch_idx must be between 0 and {k_cache.shape[0] - 1}, got {rows}"
+        )
+    for length, begin in zip(filled, begins, strict=True):
+        if not 0 <= length <= capacity - new:
+            raise ValueError(
+                f"cache_seqlens must be between 0 and {capacity - new} ({capacity} positions in"
+                f" k_cache, {new} new), got {length}"
+            )
+        if not 0 <= begin <= length + new:
+            raise ValueError(
+                f"cache_leftpad must be between 0 and the {length + new} positions that are"
+                f" filled, got {begin}"
+            )
+    alike = len(set(filled)) <= 1 and len(set(begins)) <= 1 and rows == list(range(batch))
+    if alike and batch:
+        parts = [(slice(0, batch), slice(0, batch), filled[0], begins[0])]
+    else:
+        parts = [
+            (slice(i, i + 1), slice(row, row + 1), filled[i], begins[i])
+            for i, row in enumerate(rows)
+        ]
+    out = []
+    for here, there, length, begin in parts:
+        end = length + new
+        if k is not None and v is not None:
+            k_cache[there, length:end] = k[here]
+            v_cache[there, length:end] = v[here]
+        out.append(
+            functional.flash_attn_func(
+                q[here],
+                k_cache[there, begin:end],
+                v_cache[there, begin:end],
+                softmax_scale=softmax_scale,
+                causal=causal,
+            )
+        )
+    return out[0] if len(out) == 1 else torch.cat(out) if out else torch.empty_like(q)
+
+
+def layer_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    zero_centered_weight: bool = False,
+    is_rms_norm: bool = False,
+    return_dropout_mask: bool = False,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm of s = dropout(rowscale x) + residual; with `prenorm` also s.
+
+    The addition and the norm are one pass over memory; dropout, rowscale and a residual in another
+    dtype than x take a pass each.
+
+    Args:
+        x: (..., C), float32, bfloat16 or float16.
+        weight, bias: (C,); bias may be None.
+        residual: of x's shape, or None. s has its dtype.
+        eps: added to the variance.
+        dropout_p: drawn from torch's generator, other numbers than flash-attn's.
+        rowscale: x's shape without the last dimension: a factor of each row of x.
+        prenorm: return s too, for the next residual.
+        residual_in_fp32: where there is no residual yet, s is fp32.
+        zero_centered_weight: weight + 1 is the weight.
+        out_dtype: of y; default x's.
+        x1, weight1, bias1, is_rms_norm, return_dropout_mask, out, residual_out: only their
+            defaults.
+
+    Returns:
+        y of x's shape and dtype (or out_dtype), or (y, s).
+
+    Raises:
+        TypeError, ValueError: a wrong or unsupported argument, named.
+
+    >>> x = torch.randn(2, 5, 8)
+    >>> y, s = layer_norm_fn(x, torch.ones(8), None, residual=x, prenorm=True)
+    """
+    refuse(
+        "layer_norm_fn",
+        x1=(x1, None),
+        weight1=(weight1, None),
+        bias1=(bias1, None),
+        is_rms_norm=(is_rms_norm, False),
+        return_dropout_mask=(return_dropout_mask, False),
+        out=(out, None),
+        residual_out=(residual_out, None),
+    )
+    check_floating("x", x)
+    wanted = x.dtype if out_dtype is None else out_dtype
+    if rowscale is not None:
+        check_shape("rowscale", rowscale, tuple(x.shape[:-1]), "x's without its last dimension")
+        x = x * rowscale.unsqueeze(-1).to(x.dtype)
+    if dropout_p:
+        x = F.dropout(x, dropout_p)
+    if zero_centered_weight:
+        weight = weight + 1
+    if residual is None:
+        total = x.float() if residual_in_fp32 else x
+        y = functional.layer_norm(total, weight, bias, eps)
+    else:
+        total, y = functional.add_layer_norm(x, residual, weight, bias, eps)
+        total = total.to(residual.dtype)
+    y = y.to(wanted)
+    return (y, total) if prenorm else y
+
+
+def cross_entropy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    precomputed_lse: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every row, z-loss included, and the z-loss by itself.
+
+    Args:
+        logits: (N, V), float32, bfloat16 or float16.
+        labels: (N,) class indices, or `ignore_index`: loss 0.
+        label_smoothing: between 0 and 1.
+        logit_scale: factor of the logits; other than 1 it costs a copy of them.
+        lse_square_scale: weight of lse^2.
+        inplace_backward: the gradient overwrites the logits.
+        precomputed_lse, process_group: only None.
+
+    Returns:
+        (losses, z_losses): (N,) in fp32; z_losses carry no gradient.
+
+    Raises:
+        TypeError, ValueError: a wrong or unsupported argument, named.
+
+    >>> losses, z = cross_entropy_loss(torch.randn(4, 9), torch.tensor([1, 2, -100, 8]))
+    """
+    refuse(
+        "cross_entropy_loss",
+        precomputed_lse=(precomputed_lse, None),
+        process_group=(process_group, None),
+    )
+    check_floating("logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must have shape (N, V), got {tuple(logits.shape)}")
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    losses = functional.cross_entropy(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=lse_square_scale,
+        reduction="none",
+        inplace_backward=inplace_backward,
+    )
+    return losses, z_losses(logits, labels, ignore_index, lse_square_scale)
+
+
+@torch.no_grad()
+def z_losses(logits: Tensor, labels: Tensor, ignore_index: int, scale: float) -> Tensor:
+    """scale * lse^2 of each row of logits (N, V); 0 where labels (N,) are ignored."""
+    if scale == 0.0:
+        return torch.zeros(labels.shape, dtype=torch.float32, device=logits.device)
+    kept = labels != ignore_index
+    index = torch.where(kept, labels, 0).long()
+    losses = functional.cross_entropy(logits.detach(), index, reduction="none")
+    lse = losses + logits.detach().gather(1, index[:, None])[:, 0].to(losses.dtype)
+    return torch.where(kept, scale * lse.square(), 0.0)
+
+
+class CrossEntropyLoss(nn.Module):
+    """flash-attn's module on :func:`cross_entropy_loss`.
+
+    Args:
+        ignore_index, label_smoothing, logit_scale, lse_square_scale, inplace_backward: as there.
+        reduction: "mean" over the targets that are not ignored, "sum" or "none".
+        process_group: only None.
+        return_z_loss: return (loss, z_loss), both reduced.
+
+    Raises:
+        ValueError: a wrong or unsupported argument, named.
+
+    >>> CrossEntropyLoss(reduction="sum")(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor(2.7726)
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        lse_square_scale: float = 0.0,
+        inplace_backward: bool = False,
+        process_group: Any = None,
+        return_z_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        refuse("CrossEntropyLoss", process_group=(process_group, None))
+        if reduction not in ("mean", "none", "sum"):
+            raise ValueError(f'reduction must be "mean", "none" or "sum", got {reduction!r}')
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.logit_scale = logit_scale
+        self.lse_square_scale = lse_square_scale
+        self.inplace_backward = inplace_backward
+        self.return_z_loss = return_z_loss
+
+    def forward(
+        self, input: Tensor, target: Tensor, precomputed_lse: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """input (N, V), target (N,) -> the loss, or (loss, z_loss)."""
+        pair = cross_entropy_loss(
+            input,
+            target,
+            precomputed_lse,
+            self.label_smoothing,
+            self.logit_scale,
+            self.lse_square_scale,
+            self.ignore_index,
+            self.inplace_backward,
+        )
+        loss, z_loss = (reduce(part, target, self.ignore_index, self.reduction) for part in pair)
+        return (loss, z_loss) if self.return_z_loss else loss
+
+
+def reduce(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """losses (N,) as they are, their sum, or their mean over the targets that are not ignored."""
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+
+
+class FusedMLP(nn.Module):
+    """flash-attn's fc2(gelu(fc1(x))), on :func:`gpt2fast.functional.gelu_mlp`.
+
+    Args:
+        in_features: C.
+        hidden_features: default 4 C. out_features: default C.
+        bias1, bias2: whether fc1 and fc2 have a bias.
+        activation: only "gelu_approx", the tanh form.
+        return_residual: forward returns (y, x).
+        checkpoint_lvl: 0, 1 or 2; the activation is always computed again in backward, as at 1.
+        heuristic: any; a hint to cuBLAS that has no meaning here.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a wrong or unsupported argument, named.
+
+    >>> FusedMLP(8)(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        bias1: bool = True,
+        bias2: bool = True,
+        activation: str = "gelu_approx",
+        return_residual: bool = False,
+        checkpoint_lvl: int = 0,
+        heuristic: str | int = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        refuse("FusedMLP", activation=(activation, "gelu_approx"))
+        if checkpoint_lvl not in (0, 1, 2):
+            raise ValueError(f"checkpoint_lvl must be 0, 1 or 2, got {checkpoint_lvl}")
+        hidden = 4 * in_features if hidden_features is None else hidden_features
+        out = in_features if out_features is None else out_features
+        self.activation = activation
+        self.return_residual = return_residual
+        self.checkpoint_lvl = checkpoint_lvl
+        self.heuristic = heuristic
+        self.fc1 = nn.Linear(in_features, hidden, bias=bias1, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, out, bias=bias2, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, process_group: Any = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x (..., C) -> (..., out_features), or that and x."""
+        refuse("FusedMLP", process_group=(process_group, None))
+        y = functional.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return (y, x) if self.return_residual else y
