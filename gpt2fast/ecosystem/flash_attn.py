@@ -23,6 +23,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "layer_norm_fn",
 ]
@@ -122,6 +123,47 @@ def flash_attn_kvpacked_func(
         raise ValueError(f"kv must have shape (B, T, 2, H, D), got {tuple(kv.shape)}")
     k, v = kv.unbind(2)
     return functional.flash_attn_func(q, k, v, dropout_p, softmax_scale, causal)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """:func:`flash_attn_func` on documents packed into one row of (total, H, D), document b from
+    cu_seqlens[b] to cu_seqlens[b + 1]; see :func:`gpt2fast.functional.flash_attn_varlen_func`.
+
+    Returns:
+        (total queries, H, D) of q's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong or unsupported argument, named.
+
+    >>> q, starts = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    >>> flash_attn_varlen_func(q, q, q, starts, starts, 3, 3, causal=True).shape
+    torch.Size([5, 2, 8])
+    """
+    name = "flash_attn_varlen_func"
+    _refuse_masks(name, window_size, softcap, alibi_slopes)
+    refuse(name, return_attn_probs=(return_attn_probs, False), block_table=(block_table, None))
+    starts = (cu_seqlens_q, cu_seqlens_k)
+    longest = (max_seqlen_q, max_seqlen_k)
+    return functional.flash_attn_varlen_func(
+        q, k, v, *starts, *longest, dropout_p, softmax_scale, causal
+    )
 
 
 def _refuse_masks(
