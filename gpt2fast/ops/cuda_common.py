@@ -1,0 +1,64 @@
+"""What the CUDA backends share: how a kernel of gpt2fast._cuda is called.
+
+The kernels take addresses, sizes and the stream as integers. Without a GPU the tests put an emulated
+gpt2fast._cuda in its place (csrc/testing), whose kernels run on CPU tensors and are checked.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2fast.backends import cuda_kernels
+
+
+def launch(name: str, *arguments: Any) -> None:
+    """Calls the function `name` of gpt2fast._cuda on the device of its first tensor.
+
+    A tensor becomes its address, None 0; the current stream comes last.
+    """
+    kernels = cuda_kernels()
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    values = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    function = getattr(kernels, name)
+    device = tensors[0].device
+    if kernels.emulated:
+        kernels.know(_memory(tensors))
+        function(*values, 0)
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        function(*values, stream)
+    else:
+        with torch.cuda.device(device):
+            function(*values, stream)
+
+
+def _memory(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    """Address, bytes and element size of what each tensor spans."""
+    found = []
+    for t in tensors:
+        if t.numel():
+            last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            found.append((t.data_ptr(), (last + 1) * t.element_size(), t.element_size()))
+    return found
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors_of(tensor: Tensor) -> int:
+    """The number of multiprocessors of the GPU that holds `tensor`; few where it is emulated, so that
+    loops over rows do loop, and an H100's for tensors without data (benchmarks/cuda_report.py)."""
+    if tensor.is_cuda:
+        return _processors(tensor.device.index)
+    return 132 if tensor.is_meta else 3
+
+
+def dropout_numbers(dropout_p: float) -> tuple[float, int]:
+    """What kept values are multiplied by, and the 24 bits of hash from which a value is kept."""
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0, int(dropout_p * 2**24 + 0.5)

@@ -1,0 +1,53 @@
+"""The emulator that proves the CUDA kernels finds the faults that it is for."""
+
+import pytest
+import torch
+
+from tests import cuda_emulator
+
+FAULTS = {
+    "no barrier": r"read of shared memory that was not written, byte \d+ at faults\.cu:\d+, block 0,0",
+    "beyond the tensor": "access beyond the end of a tensor|outside of every tensor",
+    "beyond shared memory": "access beyond the 256 bytes of shared memory",
+    "unwritten": "read of shared memory that was not written, byte 12",
+    "misaligned": "misaligned access of 16 bytes",
+    "divergent": "threads of a block wait at different barriers",
+    "early exit": "barrier reached by 63 of 64 threads",
+    "warp order": "race: read of what thread",
+    "a shuffle is no barrier": "race: read of what thread",
+    "other block": r"race: write of what thread 0 wrote.*\(in another block\)",
+    "half a shuffle": "warp operation that not all lanes of its mask reach",
+    "overwritten": "race: write of what thread|race: read of what thread",
+    "too large": "invalid configuration",
+}
+
+
+def run(fault: str, count: int = 100, backwards: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels = cuda_emulator.load()
+    x, y = torch.randn(count), torch.full((count,), torch.nan)
+    kernels.know([(t.data_ptr(), 4 * count, 4) for t in (x, y)])
+    kernels.options(reversed=backwards)
+    try:
+        kernels.fault(fault, x.data_ptr(), y.data_ptr(), count)
+    finally:
+        kernels.options()
+    return x, y
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_without_a_fault(backwards: bool) -> None:
+    x, y = run("", 128, backwards)
+    assert torch.equal(y, x.view(2, 64).flip(1).view(-1))
+    run("", 100, backwards)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str, backwards: bool) -> None:
+    message = FAULTS[fault]
+    if backwards:
+        message = message.replace("thread 0", r"thread \d+")
+    with pytest.raises(RuntimeError, match=rf"(?s)gpt2fast CUDA kernel fault: .*({message})"):
+        run(fault, backwards=backwards)
+    x, y = run("", 128)  # the next launch is not harmed
+    assert torch.equal(y, x.view(2, 64).flip(1).view(-1))
