@@ -2,6 +2,7 @@
 // torch; the Python side checks them. With GPT2FAST_EMULATED this binds the tests' emulator as well.
 #include <pybind11/pybind11.h>
 
+#include "cross_entropy/cross_entropy_cuda.h"
 #include "layer_norm/layer_norm_cuda.h"
 
 #ifdef GPT2FAST_EMULATED
@@ -18,6 +19,10 @@ PYBIND11_MODULE(_cuda, module) {
   BIND(layer_norm_forward);
   BIND(layer_norm_backward);
   BIND(dropout_rows);
+  BIND(cross_entropy_count);
+  BIND(cross_entropy_reduce);
+  BIND(cross_entropy_forward);
+  BIND(cross_entropy_backward);
 #ifdef GPT2FAST_EMULATED
   bind_emulator(module);
   module.attr("emulated") = true;

@@ -59,6 +59,17 @@ def processors_of(tensor: Tensor) -> int:
     return 132 if tensor.is_meta else 3
 
 
+@functools.cache
+def _shared_memory(index: int) -> int:
+    found = torch.cuda.get_device_properties(index)
+    return found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def shared_memory_of(tensor: Tensor) -> int:
+    """Bytes of shared memory that a block may have on the GPU that holds `tensor`."""
+    return _shared_memory(tensor.device.index) if tensor.is_cuda else 227 << 10
+
+
 def dropout_numbers(dropout_p: float) -> tuple[float, int]:
     """What kept values are multiplied by, and the 24 bits of hash from which a value is kept."""
     return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0, int(dropout_p * 2**24 + 0.5)
