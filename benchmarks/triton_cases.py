@@ -57,3 +57,76 @@ for _size, _width in WIDTHS.items():
         case(f"layer_norm {_size} {str(_dtype).removeprefix('torch.')}")(
             lambda width=_width, dtype=_dtype: _layer_norm(width, dtype)
         )
+
+
+def _gelu(dtype: torch.dtype) -> None:
+    backend = load("gelu", "triton")
+    x, bias = empty(ROWS, 3072, dtype=dtype), empty(3072, dtype=FP32)
+    backend.forward(x, bias)
+    backend.backward(x, x, bias, True, True)
+
+
+for _dtype in (BF16, FP32):
+    case(f"gelu gpt2 {str(_dtype).removeprefix('torch.')}")(lambda dtype=_dtype: _gelu(dtype))
+
+
+def _gelu_mlp(width: int, dtype: torch.dtype) -> None:
+    backend = load("gelu_mlp", "triton")
+    x, h = empty(ROWS, width, dtype=dtype), empty(ROWS, 4 * width, dtype=dtype)
+    fc_weight, proj_weight = (
+        empty(*s, dtype=dtype) for s in ((4 * width, width), (width, 4 * width))
+    )
+    fc_bias, proj_bias = empty(4 * width, dtype=FP32), empty(width, dtype=FP32)
+    backend.forward(x, fc_weight, fc_bias, proj_weight, proj_bias, True)
+    backend.backward(x, x, h, fc_weight, fc_bias, proj_weight, [True] * 5)
+
+
+for _size, _width in WIDTHS.items():
+    case(f"gelu_mlp {_size} bfloat16")(lambda width=_width: _gelu_mlp(width, BF16))
+for _dtype in (torch.float16, FP32):
+    case(f"gelu_mlp gpt2 {str(_dtype).removeprefix('torch.')}")(
+        lambda dtype=_dtype: _gelu_mlp(768, dtype)
+    )
+
+
+def _embedding(width: int, dtype: torch.dtype) -> None:
+    backend = load("embedding", "triton")
+    idx = empty(BATCH, LENGTH, dtype=torch.int64)
+    wte, wpe = empty(50304, width, dtype=dtype), empty(LENGTH, width, dtype=dtype)
+    backend.forward(idx, wte, wpe, 0)
+    dy = empty(BATCH, LENGTH, width, dtype=dtype)
+    backend.backward(dy, idx, 50304, LENGTH, 0, True, True)
+
+
+for _size in ("gpt2", "gpt2-xl"):
+    for _dtype in (BF16, FP32):
+        case(f"embedding {_size} {str(_dtype).removeprefix('torch.')}")(
+            lambda width=WIDTHS[_size], dtype=_dtype: _embedding(width, dtype)
+        )
+
+
+def _adamw(dtype: torch.dtype, masters: bool, capturable: bool) -> None:
+    backend = load("adamw", "triton")
+    shapes = [(50304, 768), (1024, 768), (2304, 768), (2304,), (768,)]
+    params = [empty(*shape, dtype=dtype) for shape in shapes]
+    wide = [empty(*shape, dtype=FP32) for shape in shapes]
+    scalar = empty(dtype=FP32)
+    backend.global_norm(params)
+    backend.adamw_(
+        params,
+        params,
+        wide,
+        wide,
+        wide if masters else [],
+        [scalar] * len(params) if capturable else [],
+        scalar if capturable else None,
+        scalar,
+        *(7.0, 6e-4, 0.9, 0.95, 1e-8, 0.1),
+    )
+
+
+for _dtype, _masters in ((FP32, False), (BF16, False), (BF16, True)):
+    for _capturable in (False, True):
+        _name = f"adamw {str(_dtype).removeprefix('torch.')}"
+        _name += " master" * _masters + " capturable" * _capturable
+        case(_name)(lambda d=_dtype, m=_masters, c=_capturable: _adamw(d, m, c))

@@ -26,17 +26,20 @@ os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be comp
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.triton_cases import CASES
 from gpt2fast.ops.triton_common import A100, B200, H100, Launch, Target, compile_options, recording
 
 TARGETS = {target.arch: target for target in (A100, H100, B200)}
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.uint8: "u8",
     torch.bool: "i1",
 }
@@ -72,6 +75,8 @@ def job(case: str, launch: Launch, arch: int) -> Job:
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             aligned.append(position)
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
         elif isinstance(value, bool):

@@ -1,15 +1,18 @@
 """AdamW for a whole model in one kernel call, with gradient clipping fused in."""
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from gpt2fast.functional import adamw_, global_norm
+from gpt2fast.functional import global_norm
+from gpt2fast.ops.adamw.functional import check_adamw, run_adamw, run_global_norm
 from gpt2fast.ops.adamw.reference import moment_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+HALF = (torch.bfloat16, torch.float16)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -22,9 +25,17 @@ class AdamW(torch.optim.Optimizer):
         max_norm: clip the gradient's global norm to this, as torch.nn.utils.clip_grad_norm_ over
             all parameters before the step would, but within the update: gradients are read, not
             written. ``float("inf")`` measures the norm without clipping; None does neither.
+        master_weights: keep an fp32 copy of each half-precision parameter, ``state["master"]``, on
+            which steps are taken; the parameter is the copy rounded. Without it bfloat16 loses
+            updates below 1/256 of a value. A parameter that is written from outside after the
+            first step is overwritten by its master at the next.
+        capturable: nothing is read on the host, so that a step can be captured in a CUDA graph
+            (take one before): ``state["step"]`` lies on the parameter's device, and `lr` may be a
+            scalar tensor there, to be changed between replays.
 
     Moments are fp32 beside half-precision parameters and have the parameters' dtype otherwise.
-    ``state_dict`` has the layout of torch.optim.AdamW: either can load the other's.
+    ``state_dict`` has the layout of torch.optim.AdamW: either can load the other's. Masters that a
+    loaded state lacks are made from the parameters at the next step.
 
     A gradient that is not finite is treated as torch does: it spreads into the parameters. Look at
     :attr:`grad_norm` where that must not go unseen; it is not finite then.
@@ -47,12 +58,27 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         max_norm: float | None = None,
+        master_weights: bool = False,
+        capturable: bool = False,
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive or None, got {max_norm}")
         self.max_norm = max_norm
+        self.master_weights = master_weights
+        self.capturable = capturable
         self.grad_norm = None
+        self._counters: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._checked: dict[tuple[int, bool], list[list[Tensor]]] = {}
+        self._measured: list[Tensor] = []
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("max_norm", "master_weights", "capturable", "grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._counters, self._checked, self._measured = {}, {}, []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its options are checked.
@@ -88,46 +114,119 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [
-            (group, {p: p.grad for p in group["params"] if p.grad is not None})
-            for group in self.param_groups
-        ]
-        grads = [g for _, found in groups for g in found.values()]
+        found = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        grads = [g for params in found for p in params if (g := p.grad) is not None]
         if any(g.is_sparse for g in grads):
             raise RuntimeError("gpt2fast.optim.AdamW does not support sparse gradients")
+        if grads and grads[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            self._check_capture(found)
         scale = None
         if self.max_norm is not None:
-            self.grad_norm = global_norm(grads)
+            params = [p for params in found for p in params]
+            measure = (
+                run_global_norm if grads and _identical(self._measured, params) else global_norm
+            )
+            self.grad_norm = measure(grads)
+            self._measured = params
             scale = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        for group, found in groups:
-            for number, same in self._by_step(found).items():
-                states = [self.state[p] for p in same]
-                adamw_(
-                    same,
-                    [found[p] for p in same],
-                    *([state[name] for state in states] for name in MOMENTS),
-                    step=number,
-                    lr=float(group["lr"]),
-                    beta1=float(group["betas"][0]),
-                    beta2=float(group["betas"][1]),
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    grad_scale=scale,
+        for index, params in enumerate(found):
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states, strict=True):
+                self._complete(p, state)
+            for number, chosen in self._count(index, states):
+                self._update(
+                    index,
+                    params if chosen is None else [params[i] for i in chosen],
+                    states if chosen is None else [states[i] for i in chosen],
+                    number,
+                    scale,
                 )
         return loss
 
-    def _by_step(self, params: Iterable[Tensor]) -> dict[float, list[Tensor]]:
-        """Counts the step for each parameter; those at the same step are updated together."""
-        found: dict[float, list[Tensor]] = {}
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                for name in MOMENTS:
-                    state[name] = torch.zeros_like(p, dtype=moment_dtype(p))
-            state["step"] += 1
-            found.setdefault(float(state["step"]), []).append(p)
-        return found
+    def _complete(self, p: Tensor, state: dict[str, Any]) -> None:
+        """Gives a parameter's state what it lacks."""
+        if not state:
+            device = p.device if self.capturable else None
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(p, dtype=moment_dtype(p))
+        if self.master_weights and "master" not in state and p.dtype in HALF:
+            state["master"] = p.detach().float()
+
+    def _count(
+        self, index: int, states: list[dict[str, Any]]
+    ) -> list[tuple[float | None, list[int] | None]]:
+        """Counts the step of a group's parameters. Returns, for each number, the places of the
+        parameters at it (None: all); the number is None where it lies on the device."""
+        if not states:
+            return []
+        steps = [state["step"] for state in states]
+        if self.capturable:
+            torch._foreach_add_(steps, 1)
+            return [(None, None)]
+        # The counters are views of one tensor: one addition for all, where the same count again.
+        counter, views = self._counters.get(index, (None, []))
+        if counter is None or not _identical(views, steps):
+            counter = torch.stack(steps)
+            views = list(counter.unbind())
+            self._counters[index] = counter, views
+            for state, view in zip(states, views, strict=True):
+                state["step"] = view
+        counter += 1
+        numbers = counter.tolist()
+        if len(set(numbers)) == 1:
+            return [(numbers[0], None)]
+        return [
+            (number, [i for i, n in enumerate(numbers) if n == number])
+            for number in dict.fromkeys(numbers)
+        ]
+
+    def _update(
+        self,
+        index: int,
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        number: float | None,
+        scale: Tensor | None,
+    ) -> None:
+        """Updates parameters of one group that are at one step; those with masters by themselves."""
+        group = self.param_groups[index]
+        lr = group["lr"] if self.capturable else float(group["lr"])
+        if isinstance(lr, Tensor) and lr.dim():
+            lr = lr.reshape(())
+        scalars = (*map(float, group["betas"]), group["eps"], group["weight_decay"])
+        with_master = [i for i, p in enumerate(params) if p.dtype in HALF]
+        if not self.master_weights or not with_master:
+            parts = [(params, states, False)]
+        elif len(with_master) == len(params):
+            parts = [(params, states, True)]
+        else:
+            rest = [i for i, p in enumerate(params) if p.dtype not in HALF]
+            parts = [
+                ([params[i] for i in of], [states[i] for i in of], mastered)
+                for of, mastered in ((with_master, True), (rest, False))
+            ]
+        for some, theirs, mastered in parts:
+            grads = [g for p in some if (g := p.grad) is not None]
+            first, second = ([state[name] for state in theirs] for name in MOMENTS)
+            masters = [state["master"] for state in theirs] if mastered else None
+            steps = [state["step"] for state in theirs] if number is None else number
+            # What was right at the last step still is; gradients fit by PyTorch's own rules.
+            lists = [some, first, second, masters or []]
+            known = self._checked.get((index, mastered))
+            if known is None or not all(map(_identical, known, lists)):
+                check_adamw(some, grads, first, second, masters, steps, lr, scale)
+                self._checked[index, mastered] = lists
+            run_adamw(some, grads, first, second, masters, steps, lr, scale, scalars)
+
+    def _check_capture(self, found: list[list[Tensor]]) -> None:
+        if not self.capturable:
+            raise RuntimeError("a step in a CUDA graph needs AdamW(..., capturable=True)")
+        if not all(self.state[p] for params in found for p in params):
+            raise RuntimeError(
+                "take a step before capturing one in a CUDA graph: the state of parameters is made"
+                " at their first step"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of torch.optim.AdamW.
@@ -145,10 +244,19 @@ class AdamW(torch.optim.Optimizer):
         for i, p in zip(saved_ids, params, strict=True):
             if saved := state_dict["state"].get(i):
                 state = self.state[p]
-                state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).cpu().clone()
-                for name in MOMENTS:  # PyTorch rounds them to the parameter's dtype
-                    if state[name].dtype != moment_dtype(p):
+                count = torch.as_tensor(saved["step"], dtype=torch.float32)
+                count = count.to(p.device if self.capturable else "cpu", copy=True)
+                state["step"] = count.reshape(())
+                kept = self.master_weights and p.dtype in HALF and "master" in saved
+                if not kept:
+                    state.pop("master", None)
+                for name in (*MOMENTS, *(["master"] if kept else [])):
+                    if state[name].dtype != moment_dtype(p):  # PyTorch has rounded it
                         state[name] = saved[name].to(p.device, moment_dtype(p))
+
+
+def _identical(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 def _check_group(group: dict[str, Any]) -> None:

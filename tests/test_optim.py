@@ -10,15 +10,19 @@ from torch import Tensor
 
 import gpt2fast
 from gpt2fast.optim import AdamW
+from tests.ops.numerics import device_of
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
-def groups(dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+def groups(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> list[dict[str, Any]]:
     """GPT-2's two groups on a few odd tensors, the same at every call."""
     generator = torch.Generator().manual_seed(7)
     shapes = [(65, 33), (7,), (300,), (1025, 3), ()]
-    params = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+    values = [torch.randn(s, generator=generator) for s in shapes]
+    params = [value.to(device, dtype).requires_grad_() for value in values]
     return [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, "lr": 1e-3},
@@ -32,7 +36,7 @@ def flat(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def set_gradients(params: list[Tensor], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for p in params:
-        p.grad = (torch.randn(p.shape, generator=generator) * 0.3).to(p.dtype)
+        p.grad = (torch.randn(p.shape, generator=generator) * 0.3).to(p.device, p.dtype)
 
 
 def run(optimizer: torch.optim.Optimizer, first: int, last: int, clip: float | None) -> None:
@@ -44,20 +48,205 @@ def run(optimizer: torch.optim.Optimizer, first: int, last: int, clip: float | N
 
 
 @functools.cache
-def trained_by_torch(dtype: torch.dtype | None, max_norm: float | None) -> list[Tensor]:
+def trained_by_torch(dtype: torch.dtype | None, max_norm: float | None, last: int) -> list[Tensor]:
     optimizer = torch.optim.AdamW(groups(dtype or torch.float32), **OPTIONS)
-    run(optimizer, 0, 60, max_norm)
+    run(optimizer, 0, last, max_norm)
     return flat(optimizer)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("max_norm", [None, 1.0, 1e6])
-def test_follows_torch_over_many_steps(isa: str, max_norm: float | None) -> None:
-    ours = AdamW(groups(), **OPTIONS, max_norm=max_norm)
-    run(ours, 0, 60, None)
-    truth, theirs = trained_by_torch(torch.float64, max_norm), trained_by_torch(None, max_norm)
+def test_follows_torch_over_many_steps(
+    backend: str, max_norm: float | None, capturable: bool
+) -> None:
+    last = 10 if backend == "triton" else 60
+    options = {**OPTIONS, "max_norm": max_norm, "capturable": capturable}
+    with gpt2fast.use_backend(backend):
+        ours = AdamW(groups(device=device_of(backend)), **options)
+        run(ours, 0, last, None)
+    truth = trained_by_torch(torch.float64, max_norm, last)
+    theirs = trained_by_torch(None, max_norm, last)
     for p, q, t in zip(flat(ours), theirs, truth, strict=True):
-        error, reference = (p - t).abs().max(), (q - t).abs().max()
+        error, reference = (p.cpu() - t).abs().max(), (q - t).abs().max()
         assert error <= 2 * reference + 3e-7 * t.abs().max()
+        state = ours.state[p]
+        assert state["step"] == last
+        assert state["step"].device == (p.device if capturable else torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_master_weights(backend: str, capturable: bool, dtype: torch.dtype) -> None:
+    """Masters take the very steps of fp32 parameters with the same gradients, and parameters are
+    the masters rounded; fp32 parameters beside them have none."""
+    device = device_of(backend)
+    mixed, single = groups(dtype, device), groups(dtype, device)
+    single[0]["params"] = [p.detach().float().requires_grad_() for p in single[0]["params"]]
+    single[1]["params"] = [p.detach().float().requires_grad_() for p in single[1]["params"]]
+    mixed[1]["params"][0] = single[1]["params"][0].detach().clone().requires_grad_()
+    options = {**OPTIONS, "max_norm": 1.0, "capturable": capturable}
+    with gpt2fast.use_backend(backend):
+        ours = AdamW(mixed, master_weights=True, **options)
+        theirs = AdamW(single, **options)
+        for step in range(5):
+            set_gradients(flat(ours), step)
+            for p, q in zip(flat(ours), flat(theirs), strict=True):
+                q.grad = p.grad.float()
+            ours.step()
+            theirs.step()
+    assert "master" not in ours.state[mixed[1]["params"][0]]
+    for p, q in zip(flat(ours), flat(theirs), strict=True):
+        assert torch.equal(p, q.to(p.dtype))
+        assert torch.equal(ours.state[p].get("master", p), q)
+        assert ours.state[p].get("master", p).dtype == torch.float32
+
+
+def test_masters_survive_a_state_dict() -> None:
+    """Also one that PyTorch's loading rounds; torch takes a state with masters, and we one without."""
+    options = {**OPTIONS, "max_norm": 1.0, "master_weights": True}
+    whole, first, second = (AdamW(groups(torch.bfloat16), **options) for _ in range(3))
+    run(whole, 0, 10, None)
+    run(first, 0, 5, None)
+    for p, q in zip(flat(second), flat(first), strict=True):
+        p.data.copy_(q.data)
+    saved = copy.deepcopy(first.state_dict())
+    second.load_state_dict(copy.deepcopy(saved))
+    run(second, 5, 10, None)
+    for p, q in zip(flat(second), flat(whole), strict=True):
+        assert torch.equal(second.state[p]["master"], whole.state[q]["master"])
+        assert torch.equal(p, q)
+    theirs = torch.optim.AdamW(groups(torch.bfloat16), **OPTIONS)
+    theirs.load_state_dict(copy.deepcopy(saved))
+    run(theirs, 5, 6, None)
+    assert theirs.state[flat(theirs)[0]]["step"] == 6
+    back = AdamW(groups(torch.bfloat16), **options)
+    del saved["state"][0]["master"]
+    back.load_state_dict(saved)
+    run(back, 5, 6, None)
+    p = flat(back)[0]
+    assert torch.equal(back.state[p]["master"].bfloat16(), p)
+    without = AdamW(groups(torch.bfloat16), **OPTIONS)
+    without.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert not any("master" in without.state[p] for p in flat(without))
+    run(without, 5, 6, None)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_state_of_a_capturable_optimizer(backend: str, capturable: bool) -> None:
+    """A state goes between capturable and not, and to torch."""
+    device = device_of(backend)
+    with gpt2fast.use_backend(backend):
+        first = AdamW(groups(device=device), **OPTIONS, capturable=capturable)
+        run(first, 0, 3, None)
+        second = AdamW(groups(device=device), **OPTIONS, capturable=not capturable)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        for p, q in zip(flat(second), flat(first), strict=True):
+            p.data.copy_(q.data)
+        run(first, 3, 5, None)
+        run(second, 3, 5, None)
+    theirs = torch.optim.AdamW(groups(device=device), **OPTIONS)
+    theirs.load_state_dict(copy.deepcopy(second.state_dict()))
+    run(theirs, 5, 6, None)
+    for p, q, r in zip(flat(first), flat(second), flat(theirs), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        assert second.state[q]["step"] == 5
+        assert theirs.state[r]["step"] == 6
+
+
+def test_learning_rate_on_the_device(backend: str) -> None:
+    device = device_of(backend)
+    rate = torch.tensor(0.1, device=device)
+    p = torch.tensor([3.0], device=device, requires_grad=True)
+    with gpt2fast.use_backend(backend):
+        optimizer = AdamW([p], lr=rate, weight_decay=0.0, capturable=True)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert abs(p.item() - 2.9) < 1e-5
+        rate.fill_(0.5)
+        optimizer.step()
+    assert abs(p.item() - 2.4) < 1e-5
+
+
+def test_state_may_be_replaced_between_steps(backend: str) -> None:
+    """Nothing that is kept from step to step is believed when the state has changed."""
+    device = device_of(backend)
+    with gpt2fast.use_backend(backend):
+        ours, fresh = (AdamW(groups(device=device), **OPTIONS) for _ in range(2))
+        run(ours, 0, 2, None)
+        for p, q in zip(flat(fresh), flat(ours), strict=True):
+            p.data.copy_(q.data)
+        ours.state.clear()
+        for p in flat(ours):
+            p.data = p.data.clone()
+        run(ours, 2, 4, None)
+        run(fresh, 2, 4, None)
+        state = ours.state[flat(ours)[0]]
+        state["step"] = torch.tensor(10.0)
+        state["exp_avg"] = state["exp_avg"].double()
+        set_gradients(flat(ours), 4)
+        with pytest.raises(TypeError, match=r"exp_avgs\[0\] must be torch\.float32"):
+            ours.step()
+    for p, q in zip(flat(ours), flat(fresh), strict=True):
+        assert torch.equal(p, q)
+    assert state["step"] == 11
+
+
+def test_copies_keep_their_options() -> None:
+    ours = AdamW(groups(torch.bfloat16), **OPTIONS, max_norm=1.0, master_weights=True)
+    run(ours, 0, 2, None)
+    twin = copy.deepcopy(ours)
+    run(ours, 2, 4, None)
+    run(twin, 2, 4, None)
+    for p, q in zip(flat(ours), flat(twin), strict=True):
+        assert torch.equal(p, q)
+        assert twin.state[q]["step"] == 4
+
+
+def test_what_a_cuda_graph_cannot_hold_is_refused() -> None:
+    params = groups()[0]["params"]
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        AdamW(params)._check_capture([params])
+    optimizer = AdamW(params, capturable=True)
+    with pytest.raises(RuntimeError, match="take a step before"):
+        optimizer._check_capture([params])
+    set_gradients(params, 0)
+    optimizer.step()
+    optimizer._check_capture([params])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_in_a_cuda_graph(dtype: torch.dtype) -> None:
+    """Gradients are made within the graph, so their addresses are new to the optimiser there."""
+    options = {**OPTIONS, "max_norm": 1.0, "master_weights": True}
+    eager, graphed = (
+        AdamW(groups(dtype, "cuda"), **options, capturable=capturable)
+        for capturable in (False, True)
+    )
+    sources = [torch.zeros_like(p) for p in flat(graphed)]
+
+    def step() -> None:
+        for p, source in zip(flat(graphed), sources, strict=True):
+            p.grad = source * 1
+        graphed.step()
+
+    graph = torch.cuda.CUDAGraph()
+    for number in range(6):
+        set_gradients(flat(eager), number)
+        for p, source in zip(flat(eager), sources, strict=True):
+            source.copy_(p.grad)
+        eager.step()
+        if number == 1:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                step()
+            torch.cuda.synchronize()
+        if number == 0:
+            step()
+        else:
+            graph.replay()
+        for p, q in zip(flat(eager), flat(graphed), strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-7)
 
 
 def test_fp64_agrees_with_torch() -> None:
@@ -69,12 +258,13 @@ def test_fp64_agrees_with_torch() -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_are_not_written_and_the_norm_is_given() -> None:
-    ours = AdamW(groups(), **OPTIONS, max_norm=1.0)
+def test_gradients_are_not_written_and_the_norm_is_given(backend: str) -> None:
+    ours = AdamW(groups(device=device_of(backend)), **OPTIONS, max_norm=1.0)
     assert ours.grad_norm is None
     set_gradients(flat(ours), 0)
     before = [p.grad.clone() for p in flat(ours)]
-    ours.step()
+    with gpt2fast.use_backend(backend):
+        ours.step()
     for p, kept in zip(flat(ours), before, strict=True):
         assert torch.equal(p.grad, kept)
     torch.testing.assert_close(ours.grad_norm, torch.cat([g.flatten() for g in before]).norm())

@@ -1,12 +1,13 @@
-"""Importing this makes Triton kernels run in its CPU interpreter, mended for bf16.
+"""Importing this makes Triton kernels run in its CPU interpreter, with mends.
 
 It must come before the first import of triton, whose own functions are decorated there.
 
-What is mended (upstream: triton issue 11584):
-
-The interpreter keeps bf16 as its 16 bits in unsigned integers. Some of its operations compute with
+bf16 (upstream: triton issue 11584): the interpreter keeps bf16 as its 16 bits in unsigned integers. Some of its operations compute with
 those integers, others cut instead of rounding. Here every operation on bf16 values widens them to
 fp32, computes, and rounds the result to nearest even, which is what a GPU does.
+
+Masks: a scalar condition that is spread over a block becomes integers, which loads and stores refuse;
+here they are made booleans again.
 """
 
 import os
@@ -94,6 +95,19 @@ def _mend_dot() -> None:
     InterpreterBuilder.create_dot = dot
 
 
+def _mend_splat() -> None:
+    original = InterpreterBuilder.create_splat
+
+    def splat(self: Any, target: Any, source: TensorHandle) -> TensorHandle:
+        result = original(self, target, source)
+        if source.data.dtype == np.bool_:
+            result.data = result.data.astype(np.bool_)
+        return result
+
+    InterpreterBuilder.create_splat = splat
+
+
 _mend_casts()
 _mend_arithmetic()
 _mend_dot()
+_mend_splat()

@@ -7,8 +7,10 @@
 //             differences, 1 - beta is rounded relative to itself: beta2 = 0.999 in fp32 misses by 1e-5 of 1 - beta2,
 //             and v would settle that far from the truth.
 //   layout    a table row of int64 per tensor; all of a tensor's elements are contiguous in memory. p and g are
-//             float, bf16 or f16, m and v are float.
-//   moves     step 7 elements per parameter (p, m, v read and written in place, g read); norm 1.
+//             float, bf16 or f16, m and v are float. Half-precision p may have a float master w: then w is updated
+//             and p is w rounded.
+//   moves     step 7 elements per parameter (p, m, v read and written in place, g read), with a master 8 (w too, p is
+//             not read); norm 1.
 //   work      step: the elements of all tensors, one after the other, are shared out evenly among threads.
 //             norm: blocks of BLOCK elements within a tensor, each summed in fp32 in two levels, and again in fp64
 //             where squares vanish or overflow in fp32; the blocks' sums are added in fp64 in order: the number
@@ -33,15 +35,17 @@ GPT2FAST_INLINE vf average(vf old_value, vf new_value, float new_weight, float o
 }
 
 template <class T>
-static void update(T* p, const T* g, float* m, float* v, i64 count, const Update& u) {
+static void update(T* p, const T* g, float* m, float* v, float* w, i64 count, const Update& u) {
   for_columns(count, [&](i64 i, i64 n) {
-    const vf grad = load_at(g + i, n) * u.scale, value = load_at(p + i, n);
+    const vf grad = load_at(g + i, n) * u.scale, value = w ? load_at(w + i, n) : load_at(p + i, n);
     const vf first = average(load_at(m + i, n), grad, u.new1, u.old1);
     const vf second = average(load_at(v + i, n), grad * grad, u.new2, u.old2);
     store_at(m + i, first, n);
     store_at(v + i, second, n);
     const vf direction = first / (vsqrt(second) * u.inverse_root + u.eps);
-    store_at(p + i, value - (value * u.decay + direction * u.rate), n);
+    const vf updated = value - (value * u.decay + direction * u.rate);
+    if (w) store_at(w + i, updated, n);
+    store_at(p + i, updated, n);
   });
 }
 
@@ -58,10 +62,10 @@ GPT2FAST_INLINE void for_parts(i64 tensors, i64 begin, i64 end, const Size& size
   }
 }
 
-// table: rows of p, g, m, v, size, dtype. grad_scale: a float or 0.
+// table: rows of p, g, m, v, w (0 where there is none), size, dtype. grad_scale: a float or 0.
 void adamw_step(uintptr_t table, i64 tensors, uintptr_t grad_scale, double step, double lr, double beta1,
                 double beta2, double eps, double weight_decay, int threads) {
-  const auto row = [&](i64 t) { return (const i64*)table + 6 * t; };
+  const auto row = [&](i64 t) { return (const i64*)table + 7 * t; };
   const double correction1 = 1.0 - __builtin_pow(beta1, step), correction2 = 1.0 - __builtin_pow(beta2, step);
   Update u;
   u.scale = grad_scale ? *(const float*)grad_scale : 1.0f;
@@ -70,14 +74,15 @@ void adamw_step(uintptr_t table, i64 tensors, uintptr_t grad_scale, double step,
   u.decay = float(lr * weight_decay), u.rate = float(lr / correction1);
   u.inverse_root = float(1.0 / __builtin_sqrt(correction2)), u.eps = float(eps);
   i64 total = 0;
-  for (i64 t = 0; t < tensors; ++t) total += row(t)[4];
+  for (i64 t = 0; t < tensors; ++t) total += row(t)[5];
   parallel_shares(total, STEP_GRAIN, threads, [&](int, i64 begin, i64 end) {
-    const auto size = [&](i64 t) { return row(t)[4]; };
+    const auto size = [&](i64 t) { return row(t)[5]; };
     for_parts(tensors, begin, end, size, [&](i64 t, i64 low, i64 high) {
       const i64* r = row(t);
-      with_dtype(int(r[5]), [&](auto type) {
+      with_dtype(int(r[6]), [&](auto type) {
         using T = decltype(type);
-        update((T*)r[0] + low, (const T*)r[1] + low, (float*)r[2] + low, (float*)r[3] + low, high - low, u);
+        float* w = r[4] ? (float*)r[4] + low : nullptr;
+        update((T*)r[0] + low, (const T*)r[1] + low, (float*)r[2] + low, (float*)r[3] + low, w, high - low, u);
       });
     });
   });

@@ -6,7 +6,8 @@
 //   layout    idx contiguous (batch, length) int64; table rows and dy rows at any row stride; out contiguous.
 //   moves     forward 3 elements per entry; backward 3 (dy twice, dwte) and dwpe. Rows of dwte that no token
 //             names are not touched: the caller gives zeros, best as pages that the system has not yet filled.
-//   work      forward: tokens are shared out among threads; each index is checked where it is read.
+//   work      forward: indices are checked, then tokens are shared out among threads; rows of wte lie anywhere,
+//             so that they are fetched AHEAD tokens before they are read.
 //             backward: columns are shared out, so that every thread has the same work whatever the tokens are,
 //             two never write one element, and the result does not depend on their number. Tokens of equal
 //             index are linked in order; their rows are summed in fp32, a level for every FLUSH rows, and the
@@ -18,33 +19,30 @@
 namespace gpt2fast {
 namespace GPT2FAST_ISA {
 
-// status: `threads` integers. Returns the first place in idx that holds no row of wte, or -1.
+constexpr i64 AHEAD = 4;
+
+// Returns the first place in idx that holds no row of wte, and then writes nothing; else -1.
 i64 embedding_forward(uintptr_t idx, uintptr_t wte, i64 wte_stride, uintptr_t wpe, i64 wpe_stride, uintptr_t out,
-                      uintptr_t status, i64 batch, i64 length, i64 columns, i64 vocabulary, int dtype,
-                      int threads) {
+                      i64 batch, i64 length, i64 columns, i64 vocabulary, int dtype, int threads) {
+  const i64* tokens = (const i64*)idx;
+  for (i64 i = 0; i < batch * length; ++i)
+    if (tokens[i] < 0 || tokens[i] >= vocabulary) return i;
   const i64 grain = (4096 + columns - 1) / columns;
-  i64* bad = (i64*)status;
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    parallel_shares(batch * length, grain, threads, [&](int share, i64 begin, i64 end) {
-      bad[share] = -1;
+    const auto row_of = [&](i64 i) { return (const T*)wte + tokens[i] * wte_stride; };
+    parallel_shares(batch * length, grain, threads, [&](int, i64 begin, i64 end) {
       for (i64 i = begin; i < end; ++i) {
-        const i64 token = ((const i64*)idx)[i];
-        if (token < 0 || token >= vocabulary) {
-          bad[share] = i;
-          return;
-        }
-        const T *row = (const T*)wte + token * wte_stride, *place = (const T*)wpe + i % length * wpe_stride;
+        const T *row = row_of(i), *place = (const T*)wpe + i % length * wpe_stride;
+        const T* next = row_of(i + AHEAD < end ? i + AHEAD : end - 1);
         T* target = (T*)out + i * columns;
         for_columns(columns, [&](i64 c, i64 n) {
+          __builtin_prefetch(next + c);
           store_at(target + c, load_at(row + c, n) + load_at(place + c, n), n);
         });
       }
     });
   });
-  const int used = share_count(batch * length, grain, threads);
-  for (int t = 0; t < used; ++t)  // shares are in order, so the first found is the first of all
-    if (bad[t] >= 0) return bad[t];
   return -1;
 }
 

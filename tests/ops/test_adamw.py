@@ -1,15 +1,17 @@
 """adamw_ and global_norm: the fp64 rule over steps, layouts, errors, opcheck."""
 
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import gpt2fast
+from gpt2fast.backends import status
 from gpt2fast.functional import adamw_, global_norm
 from gpt2fast.ops.adamw import autograd
-from tests.ops.numerics import DTYPES, compare
+from tests.ops.numerics import DTYPES, assert_deterministic, compare, device_of
 
 SHAPES = ((768, 33), (1,), (5,), (0, 3), (1025,), (17, 16), (3, 1, 7), ())
 SCALARS = {"lr": 6e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -25,42 +27,131 @@ def train(
     backend: str,
     dtype: torch.dtype,
     scale: float | None = None,
+    masters: bool = False,
+    on_device: bool = False,
     **scalars: float,
 ) -> list[list[Tensor]]:
-    """Parameters and moments after the steps that `gradients` gives, from `params`."""
-    params = [p.to(dtype) for p in params]
-    params = [p.clone() for p in params]
+    """Parameters, moments and masters after the steps that `gradients` gives, from `params`.
+
+    `on_device`: the number of the step and the learning rate are tensors.
+    """
+    device = device_of(backend)
+    params = [p.to(device, dtype, copy=True) for p in params]
     first, second = moments(params), moments(params)
-    given = None if scale is None else torch.tensor(scale)
+    wide = [p.float() for p in params] if masters else []
+    options = {**SCALARS, **scalars, "masters": wide if masters else None}
+    if scale is not None:
+        options["grad_scale"] = torch.tensor(scale, device=device)
+    steps = [torch.zeros((), device=device) for _ in params]
+    if on_device:
+        options["lr"] = torch.tensor(options["lr"], device=device)
     with gpt2fast.use_backend(backend):
-        for step, grads in enumerate(gradients, 1):
-            grads = [g.to(dtype) for g in grads]
-            options = {**SCALARS, **scalars}
-            adamw_(params, grads, first, second, step=step, grad_scale=given, **options)
-    return [params, first, second]
+        for number, grads in enumerate(gradients, 1):
+            torch._foreach_add_(steps, 1)
+            grads = [g.to(device, dtype) for g in grads]
+            adamw_(params, grads, first, second, step=steps if on_device else number, **options)
+    return [[t.cpu() for t in tensors] for tensors in (params, first, second, wide)]
 
 
-def assert_rule(
-    dtype: torch.dtype, scale: float | None = None, steps: int = 20, **scalars: float
-) -> None:
+def draw(dtype: torch.dtype, steps: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Parameters and gradients of very different sizes, rounded to `dtype`."""
     start = [torch.randn(shape).to(dtype).float() for shape in SHAPES]
     sizes = [10.0 ** float(torch.randint(-4, 3, ())) for _ in SHAPES]
     gradients = [
         [(torch.randn(s) * size).to(dtype).float() for s, size in zip(SHAPES, sizes, strict=True)]
         for _ in range(steps)
     ]
-    truth = train(start, gradients, "reference", torch.float64, scale, **scalars)
-    expected = train(start, gradients, "reference", dtype, scale, **scalars)
-    measured = train(start, gradients, "cpu", dtype, scale, **scalars)
-    for name, m, e, t in zip(("p", "m", "v"), measured, expected, truth, strict=True):
+    return start, gradients
+
+
+def assert_rule(backend: str, dtype: torch.dtype, steps: int = 20, **options: Any) -> None:
+    start, gradients = draw(dtype, 6 if backend == "triton" else steps)
+    plain = {name: value for name, value in options.items() if name != "on_device"}
+    truth = train(start, gradients, "reference", torch.float64, **{**plain, "masters": False})
+    expected = train(start, gradients, "reference", dtype, **plain)
+    measured = train(start, gradients, backend, dtype, **options)
+    truth[3] = truth[0] if measured[3] else []
+    for name, m, e, t in zip("pmvw", measured, expected, truth, strict=True):
         for i, (mine, theirs, true) in enumerate(zip(m, e, t, strict=True)):
             compare(f"{name}[{i}]", mine, theirs, true)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [None, 0.37])
-def test_adamw(isa: str, scale: float | None, dtype: torch.dtype) -> None:
-    assert_rule(dtype, scale)
+def test_adamw(backend: str, scale: float | None, dtype: torch.dtype) -> None:
+    assert_rule(backend, dtype, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_masters(backend: str, on_device: bool, dtype: torch.dtype) -> None:
+    assert_rule(backend, dtype, masters=True, on_device=on_device, scale=0.37)
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_masters_follow_fp32_and_parameters_are_masters_rounded(
+    name: str, dtype: torch.dtype
+) -> None:
+    """The same bits as fp32 parameters with the same gradients, whatever the rounding."""
+    if not (found := status(name)).available:
+        pytest.skip(found.detail)
+    start, gradients = draw(dtype, 5)
+    mixed = train(start, gradients, name, dtype, masters=True)
+    single = train(start, gradients, name, torch.float32)
+    for p, w, q in zip(mixed[0], mixed[3], single[0], strict=True):
+        assert torch.equal(w, q)
+        assert torch.equal(p, q.to(dtype))
+
+
+def test_masters_keep_what_half_precision_would_lose(backend: str) -> None:
+    """At lr 1e-4, 1.0 in bf16 never moves; its master does, and the parameter with it."""
+    count, device = 64, device_of(backend)
+    p, g = (torch.ones(40, dtype=torch.bfloat16, device=device) for _ in range(2))
+    w, lost, single = p.float(), p.clone(), p.float()
+    scalars = {"lr": 1e-4, "weight_decay": 0.0}
+    lists, lost_lists, single_lists = ([moments([p]) for _ in range(2)] for _ in range(3))
+    with gpt2fast.use_backend(backend):
+        for step in range(1, count + 1):
+            adamw_([p], [g], *lists, step=step, masters=[w], **scalars)
+            adamw_([lost], [g], *lost_lists, step=step, **scalars)
+            adamw_([single], [g.float()], *single_lists, step=step, **scalars)
+    assert (lost == 1).all()
+    assert torch.equal(w, single)
+    assert torch.equal(p, w.bfloat16())
+    assert (p < 1).all()
+
+
+@pytest.mark.parametrize("step", [1, 2, 10, 1000, 10**6])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.5, 0.9999)])
+def test_bias_correction_on_the_device(backend: str, betas: tuple[float, float], step: int) -> None:
+    """1 - beta^step must keep its digits where beta^step is near 1."""
+    device = device_of(backend)
+    values = torch.randn(64, dtype=torch.float64)
+    second = torch.rand(64, dtype=torch.float64)
+    options = {"beta1": betas[0], "beta2": betas[1], "eps": 1e-8, "weight_decay": 0.0}
+    lists = [[torch.zeros(64).double()], [values], [values.clone()], [second.clone()]]
+    single = [[t.to(device, torch.float32) for t in tensors] for tensors in lists]
+    with gpt2fast.use_backend(backend):
+        number = [torch.tensor(float(step), device=device)]
+        adamw_(*single, step=number, lr=torch.tensor(1e-2, device=device), **options)
+    adamw_(*lists, step=step, lr=1e-2, **options)
+    torch.testing.assert_close(single[0][0].cpu().double(), lists[0][0], rtol=2e-6, atol=1e-9)
+
+
+def test_parameters_may_be_at_different_steps(backend: str) -> None:
+    device = device_of(backend)
+    params = [torch.randn(5, device=device) for _ in range(3)]
+    grads = [torch.randn(5, device=device) for _ in range(3)]
+    alone = [p.clone() for p in params]
+    numbers = (1, 7, 7)
+    with gpt2fast.use_backend(backend):
+        steps = [torch.tensor(float(n), device=device) for n in numbers]
+        adamw_(params, grads, moments(params), moments(params), step=steps, **SCALARS)
+        for p, g, n in zip(alone, grads, numbers, strict=True):
+            adamw_([p], [g], moments([p]), moments([p]), step=n, **SCALARS)
+    for p, q in zip(params, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -74,32 +165,69 @@ def test_adamw(isa: str, scale: float | None, dtype: torch.dtype) -> None:
         {"lr": 1.0, "weight_decay": 0.5},
     ],
 )
-def test_scalars(isa: str, scalars: dict[str, float]) -> None:
-    assert_rule(torch.float32, **scalars)
+def test_scalars(backend: str, scalars: dict[str, float]) -> None:
+    assert_rule(backend, torch.float32, **scalars)
 
 
-def test_second_moment_settles_where_it_should() -> None:
+@pytest.mark.parametrize("size", [1023, 1024, 8191, 8192, 8193, 16383, 16385, 40_000])
+def test_sizes_about_a_chunk(backend: str, size: int) -> None:
+    p, g = torch.randn(size), torch.randn(size)
+    single, truth = train([p], [[g]], backend, torch.float32), [p.double()]
+    adamw_(truth, [g.double()], moments(truth), moments(truth), step=1, **SCALARS)
+    torch.testing.assert_close(single[0][0], truth[0].float(), rtol=3e-7, atol=1e-7)
+    device = device_of(backend)
+    with gpt2fast.use_backend(backend):
+        norm = global_norm([g.to(device), g[:5].to(device)])
+    true = torch.cat([g, g[:5]]).double().norm()
+    assert abs(norm.cpu().double() / true - 1) < 1e-7
+
+
+def test_misaligned_tensors(backend: str) -> None:
+    """Addresses that are no multiples of 16 bytes, beside those that are; neighbours stay."""
+    device = device_of(backend)
+    for dtype in DTYPES:
+        flat = torch.randn(4000, device=device).to(dtype)
+        before = flat.clone()
+        params = [flat[1:1501], flat[1600:2600], flat[2603:3603]]
+        grads = [torch.randn_like(p) for p in params]
+        alone = [p.clone() for p in params]
+        lists = [moments(params) for _ in range(2)]
+        with gpt2fast.use_backend(backend):
+            adamw_(params, grads, *lists, step=1, **SCALARS)
+            adamw_(alone, grads, moments(alone), moments(alone), step=1, **SCALARS)
+            norm = global_norm([flat[1:], flat[:1]])
+        for p, q in zip(params, alone, strict=True):
+            assert torch.equal(p, q)
+        for gap in (slice(0, 1), slice(1501, 1600), slice(2600, 2603), slice(3603, 4000)):
+            assert torch.equal(flat[gap], before[gap])
+        assert abs(norm.cpu().double() / flat.cpu().double().norm() - 1) < 1e-7
+
+
+def test_second_moment_settles_where_it_should(backend: str) -> None:
     """1 - 0.999 must not be rounded as fp32(1) - fp32(0.999), which misses by 1e-5."""
-    p, g = [torch.zeros(64)], [torch.ones(64)]
-    first, second = moments(p), moments(p)
-    scalars = {**SCALARS, "beta2": 0.999}
-    for step in range(1, 2001):
-        adamw_(p, g, first, second, step=step, **scalars)
-    true = 1 - 0.999**2000
-    assert abs(second[0].double() / true - 1).max() < 3e-6  # rounding of 2000 sums
+    count = 200 if backend == "triton" else 2000
+    with device_of(backend), gpt2fast.use_backend(backend):
+        p, g = [torch.zeros(64)], [torch.ones(64)]
+        first, second = moments(p), moments(p)
+        for step in range(1, count + 1):
+            adamw_(p, g, first, second, step=step, **{**SCALARS, "beta2": 0.999})
+    true = 1 - 0.999**count
+    assert abs(second[0].cpu().double() / true - 1).max() < 3e-6  # rounding of 2000 sums
 
 
-def test_late_step() -> None:
+def test_late_step(backend: str) -> None:
     """Bias corrections of 1 and tiny ones."""
+    device = device_of(backend)
     for step in (1, 10, 10**6):
         p = [torch.randn(100, dtype=torch.float64)]
         g = [torch.randn(100, dtype=torch.float64)]
         m, v = [torch.randn(100).double()], [torch.rand(100).double()]
         lists = [p, g, m, v]
-        single = [[t.float() for t in x] for x in lists]
-        adamw_(*single, step=step, **SCALARS)
+        single = [[t.to(device, torch.float32) for t in x] for x in lists]
+        with gpt2fast.use_backend(backend):
+            adamw_(*single, step=step, **SCALARS)
         adamw_(*lists, step=step, **SCALARS)
-        torch.testing.assert_close(single[0][0].double(), p[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(single[0][0].cpu().double(), p[0], rtol=1e-6, atol=1e-6)
 
 
 def layouts() -> dict[str, list[Tensor]]:
@@ -119,35 +247,51 @@ def layouts() -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", layouts())
-def test_layouts(name: str) -> None:
-    four = layouts()[name]
+def test_layouts(backend: str, name: str) -> None:
+    device = device_of(backend)
     laid = []
-    for t in four:
-        copy = torch.empty_strided(t.shape, t.stride()) if 0 not in t.stride() else t
-        values = torch.rand(t.shape) + 0.1
-        laid.append(copy.copy_(values) if copy is not t else t)
+    for t in layouts()[name]:
+        copy = torch.empty_strided(t.shape, t.stride(), device=device)
+        if 0 in t.stride():
+            copy = torch.rand(t.shape[1], device=device).expand(t.shape)
+        else:
+            copy.copy_(torch.rand(t.shape) + 0.1)
+        laid.append(copy)
     plain = [t.contiguous().clone() for t in laid]
-    padding = laid[0].untyped_storage().clone()
-    for step in (1, 2, 3):
-        for lists in (laid, plain):
-            adamw_(*([t] for t in lists), step=step, **SCALARS)
+    storage = torch.empty(0, device=device).set_(laid[0].untyped_storage())
+    before = storage.clone()
+    with gpt2fast.use_backend(backend):
+        for step in (1, 2, 3):
+            for lists in (laid, plain):
+                adamw_(*([t] for t in lists), step=step, **SCALARS)
     for mine, theirs in zip(laid, plain, strict=True):
         assert torch.equal(mine, theirs)
     if name == "strided parameter":  # the elements between are not ours
-        before = torch.tensor(padding, dtype=torch.uint8).view(torch.float32)
-        after = torch.tensor(laid[0].untyped_storage(), dtype=torch.uint8).view(torch.float32)
-        assert torch.equal(before[1::2], after[1::2])
+        assert torch.equal(before[1::2], storage[1::2])
+        assert not torch.equal(before, storage)
 
 
-def test_tensors_of_several_dtypes_in_one_call() -> None:
+def test_masters_in_any_layout(backend: str) -> None:
+    with device_of(backend), gpt2fast.use_backend(backend):
+        p = torch.randn(7, 5).bfloat16().t()
+        g, w = torch.randn(5, 7).bfloat16(), p.float().contiguous()
+        q, plain = p.clone().contiguous(), w.clone()
+        adamw_([p], [g], moments([p]), moments([p]), step=1, masters=[w], **SCALARS)
+        adamw_([q], [g], moments([q]), moments([q]), step=1, masters=[plain], **SCALARS)
+    assert torch.equal(p, q)
+    assert torch.equal(w, plain)
+
+
+def test_tensors_of_several_dtypes_in_one_call(backend: str) -> None:
     for order in (DTYPES, DTYPES[::-1]):
-        params = [torch.randn(333).to(dtype) for dtype in order]
-        grads = [torch.randn(333).to(dtype) for dtype in order]
-        alone = [p.clone() for p in params]
-        adamw_(params, grads, moments(params), moments(params), step=1, **SCALARS)
-        for p, g, together in zip(alone, grads, params, strict=True):
-            adamw_([p], [g], moments([p]), moments([p]), step=1, **SCALARS)
-            assert torch.equal(p, together)
+        with device_of(backend), gpt2fast.use_backend(backend):
+            params = [torch.randn(333).to(dtype) for dtype in order]
+            grads = [torch.randn(333).to(dtype) for dtype in order]
+            alone = [p.clone() for p in params]
+            adamw_(params, grads, moments(params), moments(params), step=1, **SCALARS)
+            for p, g, together in zip(alone, grads, params, strict=True):
+                adamw_([p], [g], moments([p]), moments([p]), step=1, **SCALARS)
+                assert torch.equal(p, together)
 
 
 def test_the_number_of_threads_does_not_change_bits() -> None:
@@ -168,38 +312,54 @@ def test_the_number_of_threads_does_not_change_bits() -> None:
     assert norms[0] == norms[1] == norms[2]
 
 
-def test_versions_are_counted() -> None:
+def test_versions_are_counted(backend: str) -> None:
     """Autograd must see that a saved parameter has changed."""
-    p = torch.randn(4, requires_grad=True)
-    loss = (p * p).sum()
-    with torch.no_grad():
-        adamw_([p], [torch.ones(4)], moments([p]), moments([p]), step=1, **SCALARS)
+    with device_of(backend), gpt2fast.use_backend(backend):
+        p = torch.randn(4, requires_grad=True)
+        loss = (p * p).sum()
+        with torch.no_grad():
+            adamw_([p], [torch.ones(4)], moments([p]), moments([p]), step=1, **SCALARS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
+def test_deterministic(backend: str) -> None:
+    start, gradients = draw(torch.float32, 2)
+
+    def run() -> list[Tensor]:
+        trained = train(start, gradients, backend, torch.float32, 0.5)
+        with gpt2fast.use_backend(backend):
+            norm = global_norm([t.to(device_of(backend)) for t in start])
+        return [t.reshape(-1) for t in (*chain(*trained), norm.cpu())]
+
+    assert_deterministic(run)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_global_norm(isa: str, dtype: torch.dtype) -> None:
-    tensors = [torch.randn(shape).to(dtype) for shape in (*SHAPES, (40_000,), (16_385,))]
-    tensors.append(torch.randn(40, 30).to(dtype).t())
-    tensors.append(torch.randn(40, 30).to(dtype)[:, ::3])
-    tensors.append(torch.randn(30).to(dtype).expand(40, 30))
-    true = torch.cat([t.double().flatten() for t in tensors]).norm()
-    norm = global_norm(tensors)
+def test_global_norm(backend: str, dtype: torch.dtype) -> None:
+    with device_of(backend), gpt2fast.use_backend(backend):
+        tensors = [torch.randn(shape).to(dtype) for shape in (*SHAPES, (40_000,), (16_385,))]
+        tensors.append(torch.randn(40, 30).to(dtype).t())
+        tensors.append(torch.randn(40, 30).to(dtype)[:, ::3])
+        tensors.append(torch.randn(30).to(dtype).expand(40, 30))
+        true = torch.cat([t.double().flatten() for t in tensors]).norm()
+        norm = global_norm(tensors)
     assert norm.dtype == torch.float32
     assert norm.shape == ()
     assert abs(norm.double() / true - 1) < 1e-7
 
 
-def test_global_norm_of_extreme_values(isa: str) -> None:
-    for value in (3e38, 1e20, 1e-30, 0.0):
-        true = value * 10
-        norm = global_norm([torch.full((60,), value), torch.full((40,), value)]).item()
-        assert norm == (pytest.approx(true, rel=1e-6, abs=0) if true < 3.4e38 else torch.inf)
-    assert global_norm([torch.tensor([1.0, torch.nan])]).isnan()
-    assert global_norm([torch.tensor([1.0, -torch.inf])]).isinf()
-    assert global_norm([]) == 0
-    assert global_norm([torch.zeros(0)]) == 0
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # NumPy's, in Triton's interpreter
+def test_global_norm_of_extreme_values(backend: str) -> None:
+    with device_of(backend), gpt2fast.use_backend(backend):
+        for value in (3e38, 1e20, 1e-30, 0.0):
+            true = value * 10
+            norm = global_norm([torch.full((60,), value), torch.full((40,), value)]).item()
+            assert norm == (pytest.approx(true, rel=1e-6, abs=0) if true < 3.4e38 else torch.inf)
+        assert global_norm([torch.tensor([1.0, torch.nan])]).isnan()
+        assert global_norm([torch.tensor([1.0, -torch.inf])]).isinf()
+        assert global_norm([]) == 0
+        assert global_norm([torch.zeros(0)]) == 0
 
 
 def test_double_goes_to_the_reference() -> None:
@@ -212,14 +372,39 @@ def test_double_goes_to_the_reference() -> None:
         adamw_(p, g, moments(p), moments(p), step=1, **SCALARS)
 
 
-def test_opcheck() -> None:
-    p = [torch.randn(9, 5), torch.randn(3)]
-    g, m, v = ([torch.rand_like(t) for t in p] for _ in range(3))
-    for scale in (None, torch.tensor(0.5)):
-        torch.library.opcheck(
-            autograd.adamw, (p, g, m, v, scale, 2.0, 1e-3, 0.9, 0.99, 1e-8, 0.1, "cpu")
-        )
-    torch.library.opcheck(autograd.global_norm, (p, "cpu"))
+def test_opcheck(backend: str) -> None:
+    with device_of(backend):
+        p = [torch.randn(9, 5).bfloat16(), torch.randn(3).bfloat16()]
+        g = [torch.rand_like(t) for t in p]
+        m, v, w = ([torch.rand_like(t, dtype=torch.float32) for t in p] for _ in range(3))
+        scalar, steps = torch.tensor(0.5), [torch.tensor(2.0), torch.tensor(3.0)]
+    scalars = (2.0, 1e-3, 0.9, 0.99, 1e-8, 0.1, backend)
+    for extra in (([], [], None, None), (w, [], None, scalar), (w, steps, scalar, scalar)):
+        torch.library.opcheck(autograd.adamw, (p, g, m, v, *extra, *scalars))
+    torch.library.opcheck(autograd.global_norm, (p, backend))
+
+
+def test_compiles(backend: str) -> None:
+    def step(params: list[Tensor], grads: list[Tensor], *rest: Tensor) -> Tensor:
+        count, rate, *others = rest
+        m, v, w = others[:2], others[2:4], others[4:]
+        norm = global_norm(grads)
+        options = {**SCALARS, "lr": rate, "masters": w, "grad_scale": 1 / norm}
+        adamw_(params, grads, m, v, step=[count, count], **options)
+        return norm
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        with device_of(backend), gpt2fast.use_backend(backend):
+            params = [torch.randn(9, 5).bfloat16(), torch.randn(3).bfloat16()]
+            grads = [torch.randn_like(p) for p in params]
+            rest = [torch.tensor(2.0), torch.tensor(1e-2), *moments(params), *moments(params)]
+            masters = [p.float() for p in params]
+            norm = call(params, grads, *rest, *masters)
+        results.append([norm, *params, *rest, *masters])
+    for eager, graph in zip(*results, strict=True):
+        assert torch.equal(eager, graph)
 
 
 ONE, HALF = [torch.zeros(3)], [torch.zeros(3, dtype=torch.float16)]
@@ -249,5 +434,15 @@ def test_wrong_scalars() -> None:
         adamw_(ONE, ONE, ONE, ONE, step=0, lr=1e-3)
     with pytest.raises(ValueError, match="grad_scale must have shape"):
         adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, grad_scale=torch.ones(1))
+    with pytest.raises(ValueError, match="lr must have shape"):
+        adamw_(ONE, ONE, ONE, ONE, step=1, lr=torch.ones(1))
+    with pytest.raises(ValueError, match="step has 2 tensors but params has 1"):
+        adamw_(ONE, ONE, ONE, ONE, step=[torch.ones(())] * 2, lr=1e-3)
+    with pytest.raises(TypeError, match=r"step\[0\] must be torch\.float32, got torch\.int64"):
+        adamw_(ONE, ONE, ONE, ONE, step=[torch.tensor(1)], lr=1e-3)
+    with pytest.raises(TypeError, match=r"masters are for bfloat16 and float16 parameters"):
+        adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, masters=ONE)
+    with pytest.raises(ValueError, match="masters has 0 tensors but params has 1"):
+        adamw_(HALF, HALF, ONE, ONE, step=1, lr=1e-3, masters=[])
     with pytest.raises(TypeError, match=r"tensors\[0\] must be a torch\.Tensor"):
         global_norm([1.0])

@@ -7,11 +7,14 @@ from gpt2fast.backends import load
 from gpt2fast.ops.registry import register
 
 
-def _adamw(
+def adamw_implementation(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
     step: float,
     lr: float,
@@ -26,6 +29,9 @@ def _adamw(
         grads,
         exp_avgs,
         exp_avg_sqs,
+        masters,
+        steps,
+        lr_tensor,
         grad_scale,
         step,
         lr,
@@ -41,6 +47,9 @@ def _fake_adamw(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
     step: float,
     lr: float,
@@ -53,7 +62,7 @@ def _fake_adamw(
     return None
 
 
-def _global_norm(tensors: list[Tensor], backend: str) -> Tensor:
+def norm_implementation(tensors: list[Tensor], backend: str) -> Tensor:
     return load("adamw", backend).global_norm(tensors)
 
 
@@ -63,11 +72,11 @@ def _fake_global_norm(tensors: list[Tensor], backend: str) -> Tensor:
 
 adamw = register(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    " Tensor? grad_scale, float step, float lr, float beta1, float beta2, float eps,"
-    " float weight_decay, str backend) -> ()",
-    _adamw,
+    " Tensor(d!)[] masters, Tensor[] steps, Tensor? lr_tensor, Tensor? grad_scale, float step,"
+    " float lr, float beta1, float beta2, float eps, float weight_decay, str backend) -> ()",
+    adamw_implementation,
     _fake_adamw,
 )
 global_norm = register(
-    "global_norm(Tensor[] tensors, str backend) -> Tensor", _global_norm, _fake_global_norm
+    "global_norm(Tensor[] tensors, str backend) -> Tensor", norm_implementation, _fake_global_norm
 )

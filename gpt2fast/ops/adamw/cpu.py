@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from gpt2fast.backends import cpu_kernels
+from gpt2fast.ops.adamw.layout import Aligned, is_dense
 from gpt2fast.ops.registry import DTYPE_CODES
 
 BLOCK = 16384  # as in adamw_cpu.cpp
@@ -14,6 +15,9 @@ def adamw_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
     step: float,
     lr: float,
@@ -22,39 +26,42 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step in place: p and g of one dtype, moments fp32, grad_scale a fp32 scalar."""
-    table, copies = [], []
-    for four in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        if four[0].numel() == 0:
-            continue
-        used = four
-        if not _same_order(four):
-            p, g, m, v = four
-            used = (p.contiguous(), g.contiguous(), m.contiguous(), v.contiguous())
-            copies.append((four, used))
-        table.append([*(t.data_ptr() for t in used), used[0].numel(), DTYPE_CODES[used[0].dtype]])
-    rows = torch.tensor(table, dtype=torch.int64)
-    cpu_kernels().adamw_step(
-        rows.data_ptr(),
-        len(table),
-        0 if grad_scale is None else grad_scale.data_ptr(),
-        step,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        torch.get_num_threads(),
-    )
-    for (p, _, m, v), (new_p, _, new_m, new_v) in copies:
-        for old, new in ((p, new_p), (m, new_m), (v, new_v)):
-            if old.data_ptr() != new.data_ptr():
-                old.copy_(new)
+    """One step in place: p and g of one dtype, moments and masters fp32, grad_scale a fp32 scalar.
+
+    `masters` is empty or has one for each parameter; so has `steps`, which then stands in for
+    `step`, as `lr_tensor` does for `lr`.
+    """
+    if lr_tensor is not None:
+        lr = float(lr_tensor)
+    lists = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
+    numbers = [float(s) for s in steps] or [step] * len(params)
+    aligned = Aligned(lists, [True, False, True, True, True][: len(lists)])
+    tables: dict[float, list[list[int]]] = {}
+    for number, tensors in zip(numbers, zip(*aligned.lists, strict=True), strict=True):
+        if size := tensors[0].numel():
+            addresses = [t.data_ptr() for t in tensors] + ([] if masters else [0])
+            row = [*addresses, size, DTYPE_CODES[tensors[0].dtype]]
+            tables.setdefault(number, []).append(row)
+    for number, table in tables.items():
+        rows = torch.tensor(table, dtype=torch.int64)
+        cpu_kernels().adamw_step(
+            rows.data_ptr(),
+            len(table),
+            0 if grad_scale is None else grad_scale.data_ptr(),
+            number,
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            torch.get_num_threads(),
+        )
+    aligned.finish()
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """sqrt(sum of all squares), an fp32 scalar."""
-    kept = [t if _is_dense(t) else t.contiguous() for t in tensors]
+    kept = [t if is_dense(t) else t.contiguous() for t in tensors]
     table = [[t.data_ptr(), t.numel(), DTYPE_CODES[t.dtype]] for t in kept]
     rows = torch.tensor(table, dtype=torch.int64)
     blocks = sum(-(-t.numel() // BLOCK) for t in kept)
@@ -69,23 +76,3 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
         torch.get_num_threads(),
     )
     return norm
-
-
-def _same_order(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors' elements lie in memory without gaps and in one order."""
-    if all(t.is_contiguous() for t in tensors):
-        return True
-    first = tensors[0]
-    return _is_dense(first) and all(t.stride() == first.stride() for t in tensors)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    dimensions = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, size in sorted(d for d in dimensions if d[1] != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True

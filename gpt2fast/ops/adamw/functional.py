@@ -12,11 +12,14 @@ from gpt2fast.ops.checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    check_tensor,
 )
+from gpt2fast.ops.registry import is_plain
 
 
 def _backend(tensors: Sequence[Tensor]) -> str:
-    return choose(next((t for t in tensors if t.dtype not in KERNEL_DTYPES), tensors[0]))
+    other = {t.dtype for t in tensors}.difference(KERNEL_DTYPES)
+    return choose(next(t for t in tensors if t.dtype in other) if other else tensors[0])
 
 
 @torch.no_grad()
@@ -26,12 +29,13 @@ def adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
-    step: float,
-    lr: float,
+    step: float | Sequence[Tensor],
+    lr: float | Tensor,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
+    masters: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
 ) -> None:
     """One AdamW step in place over lists of tensors, as torch.optim.AdamW takes it.
@@ -42,8 +46,12 @@ def adamw_(
         grads: of the parameters' shapes and dtypes.
         exp_avgs, exp_avg_sqs: the moments, of the parameters' shapes, in fp32 (in half precision
             an average with beta2 = 0.999 would not move).
-        step: the number of this step, from 1: it corrects the moments' bias.
-        lr, beta1, beta2, eps, weight_decay: of AdamW; the decay is decoupled from the gradient.
+        step: the number of this step, from 1: it corrects the moments' bias. Or an fp32 scalar for
+            each parameter, on its device: then nothing waits for the device to read it.
+        lr: the learning rate; a scalar tensor is read on the device.
+        beta1, beta2, eps, weight_decay: of AdamW; the decay is decoupled from the gradient.
+        masters: fp32 copies of half-precision parameters: the step is taken on the copy, and the
+            parameter is the copy rounded. So updates far below a parameter's last place add up.
         grad_scale: a scalar by which gradients are multiplied on the fly, a clipping coefficient
             for example; the gradients themselves are not written.
 
@@ -53,11 +61,39 @@ def adamw_(
     Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization",
     https://arxiv.org/abs/1711.05101.
     """
+    check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, step, lr, grad_scale)
+    run_adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        masters,
+        step,
+        lr,
+        grad_scale,
+        (beta1, beta2, eps, weight_decay),
+    )
+
+
+def check_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor] | None,
+    step: float | Sequence[Tensor],
+    lr: float | Tensor,
+    grad_scale: Tensor | None,
+) -> None:
+    """Checks the arguments of :func:`adamw_`."""
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    for name, tensors in lists.items():
+    if masters is not None:
+        lists["masters"] = masters
+    scalars = {} if isinstance(step, (int, float)) else {"step": step}
+    for name, tensors in (lists | scalars).items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors but params has {len(params)}")
-    if step < 1:
+    if isinstance(step, (int, float)) and step < 1:
         raise ValueError(f"step must be at least 1, got {step}")
     if not params:
         return
@@ -65,6 +101,10 @@ def adamw_(
         p_name = f"params[{i}]"
         check_floating(p_name, p)
         check_same_device(p_name, p, "params[0]", params[0])
+        if masters is not None and p.dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"masters are for bfloat16 and float16 parameters, but {p_name} is {p.dtype}"
+            )
         for name, tensors in lists.items():
             t, t_name = tensors[i], f"{name}[{i}]"
             check_floating(t_name, t)
@@ -77,29 +117,59 @@ def adamw_(
                     f"{t_name} must be {reference.moment_dtype(p)} beside parameters of {p.dtype},"
                     f" got {t.dtype}"
                 )
-    if grad_scale is not None:
-        check_floating("grad_scale", grad_scale)
-        check_shape("grad_scale", grad_scale, (), "a scalar")
-        check_same_device("grad_scale", grad_scale, "params[0]", params[0])
-    backend = _backend(params)
-    scalars = (step, lr, beta1, beta2, eps, weight_decay)
-    four = list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)
-    if backend == "reference":
-        reference.adamw_(*four, grad_scale, *scalars)
+        for name, tensors in scalars.items():
+            t, t_name = tensors[i], f"{name}[{i}]"
+            check_tensor(t_name, t)
+            check_shape(t_name, t, (), "a scalar")
+            check_same_device(t_name, t, p_name, p)
+            if t.dtype != torch.float32:
+                raise TypeError(f"{t_name} must be torch.float32, got {t.dtype}")
+    for name, scalar in (("grad_scale", grad_scale), ("lr", lr)):
+        if isinstance(scalar, Tensor):
+            check_floating(name, scalar)
+            check_shape(name, scalar, (), "a scalar")
+            check_same_device(name, scalar, "params[0]", params[0])
+
+
+def run_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor] | None,
+    step: float | Sequence[Tensor],
+    lr: float | Tensor,
+    grad_scale: Tensor | None,
+    scalars: tuple[float, float, float, float],
+) -> None:
+    """The step itself, with arguments that are known to be right."""
+    if not params:
         return
-    if grad_scale is not None:
-        grad_scale = grad_scale.float()
-    autograd.adamw(*four, grad_scale, *scalars, backend)
-    if not torch.compiler.is_compiling():  # autograd must see that saved values have changed
-        torch.autograd.graph.increment_version([*four[0], *four[2], *four[3]])
+    backend = _backend(params)
+    number, steps = (step, []) if isinstance(step, (int, float)) else (0.0, list(step))
+    rate, lr_tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
+    if backend != "reference":
+        lr_tensor = None if lr_tensor is None else lr_tensor.float()
+        grad_scale = None if grad_scale is None else grad_scale.float()
+    kept = list(params), list(exp_avgs), list(exp_avg_sqs), list(masters or ())
+    arguments = (kept[0], list(grads), *kept[1:], steps, lr_tensor, grad_scale, number, rate)
+    if backend == "reference":
+        reference.adamw_(*arguments, *scalars)
+    elif is_plain(params[0]):
+        autograd.adamw_implementation(*arguments, *scalars, backend)
+    else:
+        autograd.adamw(*arguments, *scalars, backend)
+    if backend != "reference" and not torch.compiler.is_compiling():
+        # Autograd must see that saved values have changed.
+        torch.autograd.graph.increment_version([t for tensors in kept for t in tensors])
 
 
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm over all elements of all tensors, as an fp32 scalar tensor.
 
-    In the CPU kernel squares neither overflow nor vanish, and the result is the same for any number
-    of threads.
+    In the kernels squares neither overflow nor vanish, and the same values always give the same
+    bits, on the CPU for any number of threads.
 
     Args:
         tensors: float32, bfloat16 or float16, of any shapes, on one device (float64 on the
@@ -113,7 +183,13 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     for i, t in enumerate(tensors):
         check_floating(f"tensors[{i}]", t)
         check_same_device(f"tensors[{i}]", t, "tensors[0]", tensors[0])
+    return run_global_norm(tensors)
+
+
+def run_global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of tensors that are known to be right."""
     backend = _backend(tensors)
     if backend == "reference":
         return reference.global_norm(list(tensors))
-    return autograd.global_norm(list(tensors), backend)
+    norm = autograd.norm_implementation if is_plain(tensors[0]) else autograd.global_norm
+    return norm(list(tensors), backend)

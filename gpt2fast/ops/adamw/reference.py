@@ -15,6 +15,9 @@ def adamw_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
     step: float,
     lr: float,
@@ -24,15 +27,20 @@ def adamw_(
     weight_decay: float,
 ) -> None:
     """One step of Loshchilov & Hutter's AdamW, in place."""
-    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+    rate = lr if lr_tensor is None else lr_tensor.double()
+    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        number = steps[i].double() if steps else step
+        value = masters[i] if masters else p
         grad = g.to(m.dtype)
         if grad_scale is not None:
             grad = grad * grad_scale.to(m.dtype)
         m.mul_(beta1).add_(grad, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (v / (1 - beta2**step)).sqrt() + eps
-        decayed = p.to(m.dtype) * (1 - lr * weight_decay)
-        p.copy_(decayed - lr / (1 - beta1**step) * m / denominator)
+        denominator = (v / (1 - beta2**number)).sqrt() + eps
+        decayed = value.to(m.dtype) * (1 - rate * weight_decay)
+        value.copy_(decayed - rate / (1 - beta1**number) * m / denominator)
+        if masters:
+            p.copy_(value)
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:

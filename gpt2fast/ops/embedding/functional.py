@@ -31,6 +31,36 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tenso
         IndexError: on the CPU, an index outside of wte, with its place. Kernels on a GPU do not
             check, since that would wait for the device.
     """
+    if not _is_usual(idx, wte, wpe):
+        _check(idx, wte, wpe)
+        idx = idx.long()
+    length = idx.shape[1]
+    if position < 0 or position + length > wpe.shape[0]:
+        raise ValueError(
+            f"position {position} and {length} tokens need rows {position} to"
+            f" {position + length - 1} of wpe, which has {wpe.shape[0]}"
+        )
+    backend = choose(wte)
+    if backend == "reference":
+        return reference.embedding(idx, wte, wpe, position)
+    return apply(autograd.Embedding, idx, wte, wpe, position, backend)
+
+
+def _is_usual(idx: Tensor, wte: Tensor, wpe: Tensor) -> bool:
+    """Whether `_check` would find nothing, for most calls: a short cut."""
+    return (
+        isinstance(idx, Tensor)
+        and isinstance(wte, Tensor)
+        and isinstance(wpe, Tensor)
+        and idx.dtype is torch.int64
+        and wte.dtype is wpe.dtype is torch.float32
+        and idx.dim() == wte.dim() == wpe.dim() == 2
+        and wte.shape[1] == wpe.shape[1] > 0
+        and idx.device == wte.device == wpe.device
+    )
+
+
+def _check(idx: Tensor, wte: Tensor, wpe: Tensor) -> None:
     check_tensor("idx", idx)
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"idx must be int64 or int32, got {idx.dtype}")
@@ -46,15 +76,6 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tenso
     if wpe.shape[1] != wte.shape[1]:
         raise ValueError(f"wpe has {wpe.shape[1]} columns but wte has {wte.shape[1]}")
     check_same_dtype("wpe", wpe, "wte", wte)
-    check_same_device("wpe", wpe, "wte", wte)
-    check_same_device("idx", idx, "wte", wte)
-    length = idx.shape[1]
-    if position < 0 or position + length > wpe.shape[0]:
-        raise ValueError(
-            f"position {position} and {length} tokens need rows {position} to"
-            f" {position + length - 1} of wpe, which has {wpe.shape[0]}"
-        )
-    backend = choose(wte)
-    if backend == "reference":
-        return reference.embedding(idx, wte, wpe, position)
-    return apply(autograd.Embedding, idx.long(), wte, wpe, position, backend)
+    if not wte.device == wpe.device == idx.device:
+        check_same_device("wpe", wpe, "wte", wte)
+        check_same_device("idx", idx, "wte", wte)
