@@ -77,7 +77,11 @@ def compiler_version(part: str) -> str:
 def nvcc() -> str:
     """The CUDA compiler: $CUDACXX, on the path, or of the toolkit in $CUDA_HOME or its usual place."""
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    for name in (os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)):
+    for name in (
+        os.environ.get("CUDACXX"),
+        "nvcc",
+        *(f"{home}/bin/nvcc" for home in homes if home),
+    ):
         if name and (found := shutil.which(name)):
             return found
     raise PartUnavailable("nvcc was not found (on the path, in $CUDA_HOME or as $CUDACXX)")

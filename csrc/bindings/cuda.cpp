@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "cross_entropy/cross_entropy_cuda.h"
+#include "embedding/embedding_cuda.h"
+#include "gelu/gelu_cuda.h"
 #include "layer_norm/layer_norm_cuda.h"
 
 #ifdef GPT2FAST_EMULATED
@@ -23,6 +25,12 @@ PYBIND11_MODULE(_cuda, module) {
   BIND(cross_entropy_reduce);
   BIND(cross_entropy_forward);
   BIND(cross_entropy_backward);
+  BIND(gelu_forward);
+  BIND(gelu_backward);
+  BIND(embedding_forward);
+  BIND(embedding_keys);
+  BIND(embedding_tokens);
+  BIND(embedding_positions);
 #ifdef GPT2FAST_EMULATED
   bind_emulator(module);
   module.attr("emulated") = true;

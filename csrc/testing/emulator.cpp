@@ -138,6 +138,12 @@ static void complain(const std::string& what, const void* where) {
 
 // ---- memory ------------------------------------------------------------------------------------------
 
+static void* lazy_memory(size_t bytes) {
+  void* made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (made == MAP_FAILED) throw std::bad_alloc();
+  return made;
+}
+
 // Who touched an element last. Phases number the stretches between block barriers, over all blocks; steps
 // those between a warp's barriers within a phase. A reader may stand for SEVERAL of its warp, or of several
 // warps where its step is NEVER; OTHER_BLOCK: one read it too.
@@ -148,10 +154,28 @@ struct Touch {
 static constexpr uint16_t SEVERAL = 0x8000, ATOMIC = 0x4000, OTHER_BLOCK = 0x2000;
 static constexpr uint16_t NEVER = 0xffff;  // a step that no barrier of the warp ends
 
+// Zeros that take no memory until they are touched: tensors may span gigabytes of which few bytes exist.
+class Touches {
+ public:
+  Touches() = default;
+  Touches(Touches&& other) : all_(other.all_), bytes_(other.bytes_) { other.bytes_ = 0; }
+  ~Touches() { reset(0); }
+  void reset(size_t count) {
+    if (bytes_) munmap(all_, bytes_);
+    bytes_ = count * sizeof(Touch);
+    if (bytes_) all_ = (Touch*)lazy_memory(bytes_);
+  }
+  Touch& operator[](size_t i) { return all_[i]; }
+
+ private:
+  Touch* all_ = nullptr;
+  size_t bytes_ = 0;
+};
+
 struct Region {
-  uintptr_t begin, end;
-  size_t element;
-  std::vector<Touch> touches;
+  uintptr_t begin = 0, end = 0;
+  size_t element = 1;
+  Touches touches;
 };
 
 static std::vector<Region> tensors;
@@ -388,19 +412,14 @@ void run(const char* op, const void* kernel, dim3 grid, int block, size_t bytes,
   if (block < 1 || block > MAX_THREADS || grid.y > 65535 || grid.z > 65535 || bytes > SHARED)
     throw std::runtime_error(refused + "invalid configuration");
   if (!stacks) {
-    const auto map = [](size_t size) {
-      void* made = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (made == MAP_FAILED) throw std::bad_alloc();
-      return made;
-    };
-    stacks = (char*)map(MAX_THREADS * STACK);
-    shared = (unsigned char*)map(SHARED + 4096);
+    stacks = (char*)lazy_memory(MAX_THREADS * STACK);
+    shared = (unsigned char*)lazy_memory(SHARED + 4096);
     shared_region.element = 2;
     shared_region.begin = (uintptr_t)shared;
-    shared_region.touches.resize(SHARED / 2);
+    shared_region.touches.reset(SHARED / 2);
   }
   // Launches follow each other, so nothing races with an earlier one.
-  for (Region& region : tensors) region.touches.assign((region.end - region.begin) / region.element + 1, Touch());
+  for (Region& region : tensors) region.touches.reset((region.end - region.begin) / region.element + 1);
   shared_region.end = shared_region.begin + bytes;
   shared_bytes = bytes;
   threads = block;
@@ -432,7 +451,10 @@ void know(const std::vector<Tensor>& given) {
       tensors.back().end = std::max(tensors.back().end, t.address + t.bytes);
       tensors.back().element = std::min(tensors.back().element, t.element);
     } else {
-      tensors.push_back({t.address, t.address + t.bytes, t.element, {}});
+      tensors.emplace_back();
+      tensors.back().begin = t.address;
+      tensors.back().end = t.address + t.bytes;
+      tensors.back().element = t.element;
     }
   }
 }

@@ -5,7 +5,8 @@ gpt2fast._cuda in its place (csrc/testing), whose kernels run on CPU tensors and
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,18 +15,20 @@ from torch import Tensor
 from gpt2fast.backends import cuda_kernels
 
 
-def launch(name: str, *arguments: Any) -> None:
+def launch(name: str, *arguments: Any, beside: Iterable[Tensor] = ()) -> None:
     """Calls the function `name` of gpt2fast._cuda on the device of its first tensor.
 
-    A tensor becomes its address, None 0; the current stream comes last.
+    A tensor becomes its address, None 0; the current stream comes last. `beside` are tensors that
+    the kernel reaches by addresses of its own.
     """
     kernels = cuda_kernels()
     tensors = [a for a in arguments if isinstance(a, Tensor)]
-    values = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    values = [0 if a is None else _address(a) if isinstance(a, Tensor) else a for a in arguments]
     function = getattr(kernels, name)
     device = tensors[0].device
     if kernels.emulated:
-        kernels.know(_memory(tensors))
+        if _recorded_target is None:
+            kernels.know(_memory([*tensors, *beside]))
         function(*values, 0)
         return
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -34,6 +37,28 @@ def launch(name: str, *arguments: Any) -> None:
     else:
         with torch.cuda.device(device):
             function(*values, stream)
+
+
+_recorded_target: tuple[int, int] | None = None
+
+
+@contextmanager
+def recording(processors: int, shared: int) -> Iterator[None]:
+    """Within the block emulated kernels are launched on tensors without data ("meta"), as for a GPU
+    of so many multiprocessors with so much shared memory a block, and listed instead of run
+    (benchmarks/cuda_report.py)."""
+    global _recorded_target
+    before, _recorded_target = _recorded_target, (processors, shared)
+    cuda_kernels().options(records=True)
+    try:
+        yield
+    finally:
+        _recorded_target = before
+        cuda_kernels().options()
+
+
+def _address(tensor: Tensor) -> int:
+    return 1 << 40 if tensor.is_meta else tensor.data_ptr()
 
 
 def _memory(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
@@ -53,10 +78,10 @@ def _processors(index: int) -> int:
 
 def processors_of(tensor: Tensor) -> int:
     """The number of multiprocessors of the GPU that holds `tensor`; few where it is emulated, so that
-    loops over rows do loop, and an H100's for tensors without data (benchmarks/cuda_report.py)."""
+    loops over rows do loop."""
     if tensor.is_cuda:
         return _processors(tensor.device.index)
-    return 132 if tensor.is_meta else 3
+    return 3 if _recorded_target is None else _recorded_target[0]
 
 
 @functools.cache
@@ -67,7 +92,18 @@ def _shared_memory(index: int) -> int:
 
 def shared_memory_of(tensor: Tensor) -> int:
     """Bytes of shared memory that a block may have on the GPU that holds `tensor`."""
-    return _shared_memory(tensor.device.index) if tensor.is_cuda else 227 << 10
+    if tensor.is_cuda:
+        return _shared_memory(tensor.device.index)
+    return 227 << 10 if _recorded_target is None else _recorded_target[1]
+
+
+def parameter(given: Tensor | None, x: Tensor) -> tuple[Tensor | None, bool]:
+    """A contiguous weight or bias of x's dtype or fp32, and whether it is fp32."""
+    if given is None:
+        return None, False
+    if given.dtype not in (x.dtype, torch.float32):
+        given = given.float()
+    return given.contiguous(), given.dtype == torch.float32
 
 
 def dropout_numbers(dropout_p: float) -> tuple[float, int]:

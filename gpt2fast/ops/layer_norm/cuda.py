@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gpt2fast.ops.cuda_common import dropout_numbers, launch, processors_of
+from gpt2fast.ops.cuda_common import dropout_numbers, launch, parameter, processors_of
 from gpt2fast.ops.registry import DTYPE_CODES
 
 #: Blocks of the backward for each multiprocessor, as many as its registers hold.
@@ -33,8 +33,8 @@ def forward(
         x.stride(0),
         residual,
         0 if residual is None else residual.stride(0),
-        *_parameter(weight, x),
-        *_parameter(bias, x),
+        *parameter(weight, x),
+        *parameter(bias, x),
         total,
         y,
         statistics,
@@ -73,7 +73,7 @@ def backward(
         0 if dsum is None else dsum.stride(0),
         x,
         x.stride(0),
-        *_parameter(weight, x),
+        *parameter(weight, x),
         statistics,
         dx,
         dweight,
@@ -91,16 +91,5 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     """The rows x (R, C) with `forward`'s mask: dropped elements 0, kept ones / (1 - dropout_p)."""
     out = x.new_empty(x.shape)
     numbers = dropout_numbers(dropout_p)
-    launch(
-        "dropout_rows", x, x.stride(0), out, seed, *x.shape, *numbers, DTYPE_CODES[x.dtype]
-    )
+    launch("dropout_rows", x, x.stride(0), out, seed, *x.shape, *numbers, DTYPE_CODES[x.dtype])
     return out
-
-
-def _parameter(parameter: Tensor | None, x: Tensor) -> tuple[Tensor | None, bool]:
-    """A contiguous weight or bias of x's dtype or fp32, and whether it is fp32."""
-    if parameter is None:
-        return None, False
-    if parameter.dtype not in (x.dtype, torch.float32):
-        parameter = parameter.float()
-    return parameter.contiguous(), parameter.dtype == torch.float32
