@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: builds csrc's .cu files with the emulator of csrc/testing, and loads them.
+"""The CUDA kernels on the CPU: csrc's .cu files, built with the emulator of csrc/testing, and loaded.
 
 Objects are kept in build/emulated, named by what they are made of: a second run compiles nothing.
 """
@@ -37,7 +37,8 @@ def _object(compiler: str, source: Path, headers: str) -> Path:
     made = BUILD / f"{source.stem}-{hashlib.sha256(text).hexdigest()[:16]}.o"
     if not made.exists():
         part = made.with_suffix(".part")
-        subprocess.run([compiler, *flags, "-c", source, "-o", part], check=True)
+        command = [compiler, *flags, "-c", source, "-o", part]
+        subprocess.run(command, check=True, capture_output=True, text=True)
         for old in BUILD.glob(f"{source.stem}-*.o"):
             old.unlink()
         part.rename(made)
@@ -69,10 +70,21 @@ def build() -> Path:
 
 
 @functools.cache
+def _built() -> Path | str:
+    try:
+        return build()
+    except subprocess.CalledProcessError as error:
+        return f"the emulated CUDA kernels do not compile:\n{error.stderr}"
+
+
+@functools.cache
 def load() -> ModuleType:
     """Puts the emulated kernels in the place of gpt2fast._cuda for the rest of this process."""
+    library = _built()
+    if isinstance(library, str):
+        raise RuntimeError(library)
     name = "gpt2fast._cuda"
-    loader = importlib.machinery.ExtensionFileLoader(name, str(build()))
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)

@@ -2,6 +2,7 @@
 // torch; the Python side checks them. With GPT2FAST_EMULATED this binds the tests' emulator as well.
 #include <pybind11/pybind11.h>
 
+#include "adamw/adamw_cuda.h"
 #include "cross_entropy/cross_entropy_cuda.h"
 #include "embedding/embedding_cuda.h"
 #include "gelu/gelu_cuda.h"
@@ -31,6 +32,9 @@ PYBIND11_MODULE(_cuda, module) {
   BIND(embedding_keys);
   BIND(embedding_tokens);
   BIND(embedding_positions);
+  BIND(adamw_step);
+  BIND(global_norm_partials);
+  BIND(global_norm);
 #ifdef GPT2FAST_EMULATED
   bind_emulator(module);
   module.attr("emulated") = true;

@@ -128,6 +128,10 @@ struct Bits<4> {
   using type = uint32_t;
 };
 template <>
+struct Bits<8> {
+  using type = uint2;
+};
+template <>
 struct Bits<16> {
   using type = uint4;
 };

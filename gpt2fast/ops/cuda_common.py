@@ -5,7 +5,7 @@ gpt2fast._cuda in its place (csrc/testing), whose kernels run on CPU tensors and
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from gpt2fast.backends import cuda_kernels
 
 
-def launch(name: str, *arguments: Any, beside: Iterable[Tensor] = ()) -> None:
-    """Calls the function `name` of gpt2fast._cuda on the device of its first tensor.
+def launch(name: str, *arguments: Any, beside: Sequence[Tensor] = ()) -> None:
+    """Calls the function `name` of gpt2fast._cuda on the device of its tensors.
 
     A tensor becomes its address, None 0; the current stream comes last. `beside` are tensors that
     the kernel reaches by addresses of its own.
@@ -25,7 +25,7 @@ def launch(name: str, *arguments: Any, beside: Iterable[Tensor] = ()) -> None:
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     values = [0 if a is None else _address(a) if isinstance(a, Tensor) else a for a in arguments]
     function = getattr(kernels, name)
-    device = tensors[0].device
+    device = next(iter(tensors or beside)).device
     if kernels.emulated:
         if _recorded_target is None:
             kernels.know(_memory([*tensors, *beside]))
