@@ -1,8 +1,13 @@
 """The emulator that proves the CUDA kernels finds the faults that it is for."""
 
+import sys
+import types
+
 import pytest
 import torch
 
+import gpt2fast
+from gpt2fast import backends
 from tests import cuda_emulator
 
 FAULTS = {
@@ -51,3 +56,39 @@ def test_faults_are_found(fault: str, backwards: bool) -> None:
         run(fault, backwards=backwards)
     x, y = run("", 128)  # the next launch is not harmed
     assert torch.equal(y, x.view(2, 64).flip(1).view(-1))
+
+
+def test_an_op_without_cuda_kernels_says_so() -> None:
+    cuda_emulator.load()
+    q = torch.randn(1, 4, 2, 16)
+    with (
+        gpt2fast.use_backend("cuda"),
+        pytest.raises(gpt2fast.BackendUnavailable, match="'cuda' has no kernels for attention"),
+    ):
+        gpt2fast.functional.flash_attn_func(q, q, q, causal=True)
+
+
+def test_status_says_what_is_emulated() -> None:
+    cuda_emulator.load()
+    found = backends.status("cuda")
+    assert found.available
+    assert "emulated on the CPU" in found.detail
+
+
+def test_status_says_why_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gpt2fast._cuda", None)
+    monkeypatch.setattr(backends, "cuda_kernels", backends.cuda_kernels.__wrapped__)
+    told = {"parts": {"cuda": {"built": False, "reason": "nvcc was not found"}}}
+    monkeypatch.setattr(backends, "build_info", lambda: told)
+    found = backends.status.__wrapped__("cuda")
+    assert not found.available
+    assert "nvcc was not found" in found.detail
+
+
+def test_status_says_that_no_gpu_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = types.SimpleNamespace(emulated=False, archs="80-real, 90a-real")
+    monkeypatch.setattr(backends, "cuda_kernels", lambda: kernels)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = backends.status.__wrapped__("cuda")
+    assert not found.available
+    assert "for 80-real, 90a-real are there, but PyTorch sees no NVIDIA GPU" in found.detail
