@@ -48,10 +48,31 @@ def gelu(width: int, dtype: torch.dtype) -> None:
     backend.backward(x, x, bias, True, True)
 
 
+def embedding(width: int, dtype: torch.dtype) -> None:
+    backend = load("embedding", "cuda")
+    idx, dy = empty(64, 1024, dtype=torch.int64), empty(64, 1024, width, dtype=dtype)
+    wte, wpe = empty(50304, width, dtype=dtype), empty(1024, width, dtype=dtype)
+    backend.forward(idx, wte, wpe, 0)
+    backend.backward(dy, idx, 50304, 1024, 0, True, True)
+
+
+def adamw(width: int, dtype: torch.dtype) -> None:
+    backend = load("adamw", "cuda")
+    p, m, scalar = (
+        empty(50304, width, dtype=dtype),
+        empty(50304, width, dtype=FP32),
+        empty(dtype=FP32),
+    )
+    masters = [] if dtype == FP32 else [m]
+    betas = (0.9, 0.95, 1e-8, 0.1)
+    backend.adamw_([p], [p], [m], [m], masters, [scalar], None, scalar, 0.0, 1e-3, *betas)
+    backend.global_norm([p])
+
+
 for _dtype in (BF16, FP32):
     _name = str(_dtype).removeprefix("torch.")
     for _size, _width in WIDTHS.items():
-        for _op in (layer_norm, gelu):
+        for _op in (layer_norm, gelu, embedding, adamw):
             CASES[f"{_op.__name__} {_size} {_name}"] = lambda op=_op, width=_width, dtype=_dtype: (
                 op(width, dtype)
             )

@@ -155,7 +155,8 @@ def plain(symbol: str) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    version = output(tool("nvcc"), "--version").strip().splitlines()[-1]
+    told = output(tool("nvcc"), "--version").splitlines()
+    version = next(line for line in told if line.startswith("Cuda compilation"))
     lines = [
         "# CUDA kernels of GPT-2, compiled ahead of time",
         "",

@@ -166,6 +166,22 @@ __device__ __forceinline__ void store_vector(T* place, const V& v) {
 #endif
 }
 
+// Makes the compiler forget what it made of v: else it would keep 8 halves as 8 floats, in twice the registers,
+// for their next use.
+template <class T, int V>
+__device__ __forceinline__ void stay_packed(Vector<T, V>& v) {
+#ifndef GPT2FAST_EMULATED
+  if constexpr (sizeof v == 16) {
+    uint4 bits;
+    memcpy(&bits, &v, sizeof v);
+    asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+    memcpy(&v, &bits, sizeof v);
+  }
+#else
+  (void)v;
+#endif
+}
+
 // ---- arithmetic --------------------------------------------------------------------------------------
 
 // 2^x to two ulp in one instruction; results below 1e-38 are 0.

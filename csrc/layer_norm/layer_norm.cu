@@ -146,14 +146,11 @@ __global__ void __launch_bounds__(BLOCK_WARPS<WARPS>* WARP, BACKWARD_BLOCKS<T, N
   Shared& shared = shared_memory<Shared>();
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
 
-  float w[N][V], dw[N][V], db[N][V];
+  float dw[N][V], db[N][V];
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int c = (i * LANES + lane) * V;
-    if (c < columns) load_parameter<T>(weight, c, 1.0f, w[i]);
+  for (int i = 0; i < N; ++i)
 #pragma unroll
     for (int j = 0; j < V; ++j) dw[i][j] = db[i][j] = 0;
-  }
   int turn = 0;
   for (i64 row = i64(blockIdx.x) * GROUPS + group; row < rows; row += i64(gridDim.x) * GROUPS, turn ^= 1) {
     Vector<T, V> g[N], s[N], add[N];
@@ -169,14 +166,17 @@ __global__ void __launch_bounds__(BLOCK_WARPS<WARPS>* WARP, BACKWARD_BLOCKS<T, N
     float level = 0, along = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if ((i * LANES + lane) * V >= columns) continue;
+      const int c = (i * LANES + lane) * V;
+      if (c >= columns) continue;
+      float w[V];  // from the nearest cache, twice a row: held in registers it would make them spill
+      load_parameter<T>(weight, c, 1.0f, w);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const float d = to_float(g[i].at[j]), xhat = (to_float(s[i].at[j]) - center) * scale;
         dw[i][j] += d * xhat;
         db[i][j] += d;
-        level += d * w[i][j];
-        along += d * w[i][j] * xhat;
+        level += d * w[j];
+        along += d * w[j] * xhat;
       }
     }
     if (!dx) continue;
@@ -186,11 +186,15 @@ __global__ void __launch_bounds__(BLOCK_WARPS<WARPS>* WARP, BACKWARD_BLOCKS<T, N
     for (int i = 0; i < N; ++i) {
       const int c = (i * LANES + lane) * V;
       if (c >= columns) continue;
+      stay_packed(g[i]);
+      stay_packed(s[i]);
+      float w[V];
+      load_parameter<T>(weight, c, 1.0f, w);
       Vector<T, V> out;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const float xhat = (to_float(s[i].at[j]) - center) * scale;
-        float d = (to_float(g[i].at[j]) * w[i][j] - level - xhat * along) * scale;
+        float d = (to_float(g[i].at[j]) * w[j] - level - xhat * along) * scale;
         if (dsum) d += to_float(add[i].at[j]);
         out.at[j] = from_float<T>(d);
       }
