@@ -232,6 +232,25 @@ __device__ __forceinline__ float block_sum(float x, float (&room)[WARPS]) {
   return total;
 }
 
+// Two sums over a block with one barrier.
+template <int WARPS>
+__device__ __forceinline__ void block_sums(float& x, float& y, float (&room)[2][WARPS]) {
+  x = warp_sum(x);
+  y = warp_sum(y);
+  if (WARPS == 1) return;
+  if (threadIdx.x % WARP == 0) {
+    room[0][threadIdx.x / WARP] = x;
+    room[1][threadIdx.x / WARP] = y;
+  }
+  __syncthreads();
+  x = y = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) {
+    x += room[0][i];
+    y += room[1][i];
+  }
+}
+
 // ---- dropout -----------------------------------------------------------------------------------------
 // Element (i, j) of head (b, h) is kept where 24 bits of a hash of (seed, b, h, i, j) are >= `threshold`:
 // the bits of dropout_mask in gpt2fast/ops/attention/reference.py.

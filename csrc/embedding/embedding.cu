@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(EMBEDDING_THREADS)
   if (c >= columns) return;
   const i64 start = i64(blockIdx.x) * TILE, end = start + TILE < count ? start + TILE : count;
   float* head = partials + i64(blockIdx.x) * 2 * columns + c;
-  float sum[V], zero[V];
+  float sum[V];
 #pragma unroll
-  for (int j = 0; j < V; ++j) sum[j] = zero[j] = 0;
+  for (int j = 0; j < V; ++j) sum[j] = 0;
   // `begun`: the run at hand began in this tile. What an earlier tile began goes to the head.
-  bool begun = start == 0 || keys[start - 1] != keys[start], headed = false;
+  bool begun = start == 0 || keys[start - 1] != keys[start];
   for (i64 first = start; first < end; first += AT_ONCE) {
     Vector<T, V> rows[AT_ONCE];
 #pragma unroll
@@ -102,7 +102,6 @@ __global__ void __launch_bounds__(EMBEDDING_THREADS)
         if (key < vocabulary) store_sums(dwte + i64(key) * columns + c, sum);
       } else {
         store_partial(head, sum);
-        headed = true;
       }
       begun = true;
 #pragma unroll
@@ -110,12 +109,7 @@ __global__ void __launch_bounds__(EMBEDDING_THREADS)
     }
   }
   // What the next tile goes on with: a run that began here, or one that fills the tile.
-  if (begun) {
-    store_partial(head + columns, sum);
-    if (!headed) store_partial(head, zero);
-  } else {
-    store_partial(head, sum);
-  }
+  store_partial(begun ? head + columns : head, sum);
 }
 
 // The run that begins in a tile and ends in a later one: its tail here and its heads there.

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<WARPS>* WARP, BACKWARD_BLOCKS<T, N
                                float* partials, i64 rows, int columns) {
   constexpr int V = WIDE<T>, LANES = WARPS * WARP, GROUPS = BLOCK_WARPS<WARPS> / WARPS;
   struct Shared {
-    float rooms[2][2][WARPS];  // of a row and the next
+    float rooms[2][2][WARPS];  // of a row and the next, so that one barrier a row is enough
     float sums[GROUPS == 1 ? 1 : 2 * N * LANES * V];
   };
   Shared& shared = shared_memory<Shared>();
@@ -180,8 +180,9 @@ __global__ void __launch_bounds__(BLOCK_WARPS<WARPS>* WARP, BACKWARD_BLOCKS<T, N
       }
     }
     if (!dx) continue;
-    level = block_sum<WARPS>(level, shared.rooms[turn][0]) / columns;
-    along = block_sum<WARPS>(along, shared.rooms[turn][1]) / columns;
+    block_sums<WARPS>(level, along, shared.rooms[turn]);
+    level /= columns;
+    along /= columns;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int c = (i * LANES + lane) * V;
