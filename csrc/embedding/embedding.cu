@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_partial(float* place, const float (&sum)[V
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(EMBEDDING_THREADS)
+__global__ void __launch_bounds__(EMBEDDING_THREADS, 6)  // asked for fewer, ptxas spills for sm_80
     embedding_tokens_kernel(const T* dy, i64 dy_stride, const int* keys, const i64* order, T* dwte, float* partials,
                             i64 count, int columns, i64 vocabulary) {
   const int c = (blockIdx.y * EMBEDDING_THREADS + threadIdx.x) * V;
