@@ -2,6 +2,8 @@
 
 The reason and the compiler are written to gpt2fast/_build_info.json, which `gpt2fast info` shows.
 GPT2FAST_REQUIRE=cpu,cuda turns a missing part into an error; GPT2FAST_SKIP=cpu,cuda leaves it out.
+The CUDA kernels are compiled for the GPUs of this machine; GPT2FAST_CUDA_ARCHS=80,90a,90-virtual names
+others, and builds them on a machine without one.
 GPT2FAST_TEST_WIDE=1 adds sixteen-lane kernels that run on any CPU; GPT2FAST_SANITIZE=address,undefined
 checks memory (both for tests).
 """
@@ -66,9 +68,44 @@ def compiler() -> str:
     raise PartUnavailable("no C++ compiler was found (c++, g++, clang++ or $CXX)")
 
 
-def compiler_version() -> str:
-    done = subprocess.run([compiler(), "--version"], text=True, capture_output=True, check=False)
-    return (done.stdout or done.stderr).partition("\n")[0]
+def compiler_version(part: str) -> str:
+    name = nvcc() if part == "cuda" else compiler()
+    done = subprocess.run([name, "--version"], text=True, capture_output=True, check=False)
+    lines = (done.stdout or done.stderr).splitlines() or [""]
+    return next((line for line in lines if line.startswith("Cuda compilation")), lines[0])
+
+
+def nvcc() -> str:
+    """The CUDA compiler: $CUDACXX, on the path, or of the toolkit in $CUDA_HOME or its usual place."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    for name in (
+        os.environ.get("CUDACXX"),
+        "nvcc",
+        *(f"{home}/bin/nvcc" for home in homes if home),
+    ):
+        if name and (found := shutil.which(name)):
+            return found
+    raise PartUnavailable("nvcc was not found (on the path, in $CUDA_HOME or as $CUDACXX)")
+
+
+def cuda_architectures() -> str:
+    """Those that were asked for, or of the GPUs here: compiling for others would take minutes."""
+    asked = os.environ.get("GPT2FAST_CUDA_ARCHS", "")
+    if asked or "cuda" in names("GPT2FAST_REQUIRE"):
+        return asked
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    output = ""
+    if shutil.which(query[0]):
+        done = subprocess.run(query, text=True, capture_output=True, check=False)
+        output = done.stdout if done.returncode == 0 else ""
+    found = sorted({int(major + minor) for major, minor in re.findall(r"(\d+)\.(\d)", output)})
+    usable = [f"{number}{'a' if number == 90 else ''}-real" for number in found if number >= 80]
+    if not usable:
+        raise PartUnavailable(
+            "nvidia-smi shows no GPU of compute capability 8.0 or later;"
+            " GPT2FAST_CUDA_ARCHS=80,90a,90-virtual builds for others"
+        )
+    return ",".join(usable)
 
 
 class CMakeBuild(build_ext):
@@ -96,7 +133,7 @@ class CMakeBuild(build_ext):
             if part in names("GPT2FAST_SKIP"):
                 raise PartUnavailable("left out by GPT2FAST_SKIP")
             self.build_part(part, Path(self.get_ext_fullpath(ext.name)).resolve())
-            self.report[part] = {"built": True, "compiler": compiler_version()}
+            self.report[part] = {"built": True, "compiler": compiler_version(part)}
         except PartUnavailable as error:
             if part in names("GPT2FAST_REQUIRE"):
                 raise SystemExit(f"gpt2fast: GPT2FAST_REQUIRE={part}, but: {error}") from None
@@ -107,8 +144,6 @@ class CMakeBuild(build_ext):
         if sys.platform == "win32":
             raise PartUnavailable("native Windows is not supported; WSL 2 is")
         compiler()
-        if part == "cuda":
-            find("nvcc")
         cmake, ninja = find("cmake"), find("ninja")
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build = ROOT / "build" / f"{part}-{tag}"
@@ -120,6 +155,9 @@ class CMakeBuild(build_ext):
             f"-DGPT2FAST_SANITIZE={os.environ.get('GPT2FAST_SANITIZE', '')}",
             f"-DGPT2FAST_TEST_WIDE={os.environ.get('GPT2FAST_TEST_WIDE', '0')}",
         ]
+        if part == "cuda":
+            options.append(f"-DCMAKE_CUDA_COMPILER={nvcc()}")
+            os.environ["GPT2FAST_CUDA_ARCHS"] = cuda_architectures()
         run(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options)
         run(cmake, "--build", build, "--parallel", str(os.cpu_count() or 1))
         built = list(build.glob(f"_{part}.*{Path(target).suffix}"))

@@ -71,6 +71,21 @@ def cpu_kernels() -> Any:
 
 
 @functools.cache
+def cuda_kernels() -> Any:
+    """The CUDA kernels; `emulated` says whether they run on a CPU, as the tests do without a GPU.
+
+    Raises:
+        BackendUnavailable: the extension was not built or does not load.
+    """
+    try:
+        return importlib.import_module("gpt2fast._cuda")
+    except ImportError as error:
+        built = build_info()["parts"].get("cuda", {}).get("built", False)
+        why = f"they were built but do not load: {error}" if built else _why_not_built("cuda")
+        raise BackendUnavailable(f"the CUDA kernels are not there: {why}") from error
+
+
+@functools.cache
 def status(name: str) -> Status:
     """Whether backend `name` can run here."""
     if name == "reference":
@@ -85,8 +100,24 @@ def status(name: str) -> Status:
     if name == "triton":
         return _triton_status()
     if name == "cuda":
-        return Status(False, f"the CUDA kernels are not there: {_why_not_built('cuda')}")
+        return _cuda_status()
     raise ValueError(f"unknown backend {name!r}; known are {', '.join(NAMES)}")
+
+
+def _cuda_status() -> Status:
+    try:
+        kernels = cuda_kernels()
+    except BackendUnavailable as error:
+        return Status(False, str(error))
+    if kernels.emulated:
+        return Status(True, "CUDA kernels, emulated on the CPU: for tests only")
+    built = f"CUDA kernels for {kernels.archs} are there"
+    if not torch.cuda.is_available():
+        return Status(False, f"{built}, but PyTorch sees no NVIDIA GPU")
+    if (capability := torch.cuda.get_device_capability()) < (8, 0):
+        found = f"{torch.cuda.get_device_name()} has compute capability {capability}"
+        return Status(False, f"the CUDA kernels need compute capability 8.0 or later: {found}")
+    return Status(True, f"{built}, on {torch.cuda.get_device_name()}")
 
 
 def _triton_status() -> Status:
@@ -170,6 +201,15 @@ def _check_constant(name: str) -> str:
     return _checked(name)
 
 
+@torch.compiler.assume_constant_result
+def _device_of(name: str) -> str:
+    """The type of device that backend `name` runs on: a CPU for emulated GPU kernels."""
+    on_gpu = (name == "triton" and not interpreted()) or (
+        name == "cuda" and not cuda_kernels().emulated
+    )
+    return "cuda" if on_gpu else "cpu"
+
+
 def choose(tensor: torch.Tensor) -> str:
     """The backend for an op whose main input is `tensor`.
 
@@ -188,8 +228,7 @@ def choose(tensor: torch.Tensor) -> str:
         return forced
     if forced not in _checked_names:
         _checked_names.add(_check_constant(forced))
-    on_cpu = forced == "cpu" or (forced == "triton" and interpreted())
-    wanted = "cpu" if on_cpu else "cuda"
+    wanted = _device_of(forced)
     if device != wanted:
         raise BackendUnavailable(
             f"backend {forced!r} runs on {wanted} tensors, got one on {device}"
@@ -203,8 +242,21 @@ def choose(tensor: torch.Tensor) -> str:
 
 @functools.cache
 def load(op: str, backend: str) -> ModuleType:
-    """The module gpt2fast.ops.<op>.<backend>."""
-    return importlib.import_module(f"gpt2fast.ops.{op}.{backend}")
+    """The module gpt2fast.ops.<op>.<backend>.
+
+    Raises:
+        BackendUnavailable: the op has no kernels of this backend.
+    """
+    name = f"gpt2fast.ops.{op}.{backend}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise BackendUnavailable(
+            f"backend {backend!r} has no kernels for {op}; run it within"
+            " `gpt2fast.use_backend(None)`, which chooses one that has"
+        ) from error
 
 
 def keep_freed_memory() -> bool:

@@ -1,6 +1,7 @@
 """Shared fixtures: every backend and every instruction set that this machine runs, one by one.
 
-Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors.
+Without a GPU the Triton kernels run in Triton's interpreter, and the CUDA kernels in an emulator, on
+CPU tensors.
 """
 
 import importlib
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():
         importlib.import_module("tests.triton_interpreter")
 
 from gpt2fast import backends
+from tests import cuda_emulator
 
 #: Real text beside the checkout, where a machine has it; tests must pass without it.
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -53,7 +55,24 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[*(f"cpu-{isa}" for isa in runnable_isas()), "triton"])
+OPS = Path(backends.__file__).with_name("ops")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the CUDA variants of tests of an op that has no CUDA kernels."""
+
+    def wanted(item: pytest.Item) -> bool:
+        variant = getattr(item, "callspec", None)
+        if variant is None or variant.params.get("backend") != "cuda":
+            return True
+        return (OPS / item.path.stem.removeprefix("test_") / "cuda.py").exists()
+
+    left_out = [item for item in items if not wanted(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if wanted(item)]
+
+
+@pytest.fixture(params=[*(f"cpu-{isa}" for isa in runnable_isas()), "triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once per backend; the CPU's once per instruction set."""
     name, _, isa = request.param.partition("-")
@@ -61,6 +80,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         with cpu_isa(isa):
             yield name
         return
+    if name == "cuda" and not torch.cuda.is_available():
+        cuda_emulator.load()
     if not (found := backends.status(name)).available:
         pytest.skip(found.detail)
     yield name

@@ -1,0 +1,82 @@
+"""The CUDA kernel launches of GPT-2, for the static report: backends called on tensors without data."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gpt2fast.backends import load
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ROWS = 64 * 1024
+WIDTHS = {"gpt2": 768, "gpt2-medium": 1024, "gpt2-large": 1280, "gpt2-xl": 1600}
+
+#: Every case by name.
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def layer_norm(width: int, dtype: torch.dtype) -> None:
+    backend = load("layer_norm", "cuda")
+    x, seed = empty(ROWS, width, dtype=dtype), empty(dtype=torch.int64)
+    weight, statistics = empty(width, dtype=FP32), empty(2, ROWS, dtype=FP32)
+    backend.forward(x, None, weight, weight, 1e-5)
+    backend.forward(x, x, weight, weight, 1e-5, 0.1, seed)
+    backend.backward(x, x, x, weight, statistics, True, True)
+    backend.dropout(x, 0.1, seed)
+
+
+def cross_entropy(columns: int, dtype: torch.dtype) -> None:
+    backend = load("cross_entropy", "cuda")
+    logits, targets = empty(ROWS, columns, dtype=dtype), empty(ROWS, dtype=torch.int64)
+    losses, statistics = empty(ROWS, dtype=FP32), empty(ROWS, 2, dtype=FP32)
+    count = backend.count_of(targets, -100, "mean")
+    rest = (targets, losses, losses, statistics, count, -100, 0.0, 0.0, 50257)
+    backend.forward_rows(logits, *rest, False)
+    backend.forward_rows(logits, *rest, True)
+    backend.backward_rows(losses, 0, logits, targets, statistics, count, logits, *rest[-4:])
+    backend.reduced(losses, count, "mean")
+
+
+def gelu(width: int, dtype: torch.dtype) -> None:
+    backend = load("gelu", "cuda")
+    x, bias = empty(ROWS, 4 * width, dtype=dtype), empty(4 * width, dtype=dtype)
+    backend.forward(x, bias)
+    backend.backward(x, x, bias, True, True)
+
+
+def embedding(width: int, dtype: torch.dtype) -> None:
+    backend = load("embedding", "cuda")
+    idx, dy = empty(64, 1024, dtype=torch.int64), empty(64, 1024, width, dtype=dtype)
+    wte, wpe = empty(50304, width, dtype=dtype), empty(1024, width, dtype=dtype)
+    backend.forward(idx, wte, wpe, 0)
+    backend.backward(dy, idx, 50304, 1024, 0, True, True)
+
+
+def adamw(width: int, dtype: torch.dtype) -> None:
+    backend = load("adamw", "cuda")
+    p, m, scalar = (
+        empty(50304, width, dtype=dtype),
+        empty(50304, width, dtype=FP32),
+        empty(dtype=FP32),
+    )
+    masters = [] if dtype == FP32 else [m]
+    betas = (0.9, 0.95, 1e-8, 0.1)
+    backend.adamw_([p], [p], [m], [m], masters, [scalar], None, scalar, 0.0, 1e-3, *betas)
+    backend.global_norm([p])
+
+
+for _dtype in (BF16, FP32):
+    _name = str(_dtype).removeprefix("torch.")
+    for _size, _width in WIDTHS.items():
+        for _op in (layer_norm, gelu, embedding, adamw):
+            CASES[f"{_op.__name__} {_size} {_name}"] = lambda op=_op, width=_width, dtype=_dtype: (
+                op(width, dtype)
+            )
+    for _columns in (50257, 50304):
+        CASES[f"cross_entropy {_columns} {_name}"] = lambda columns=_columns, dtype=_dtype: (
+            cross_entropy(columns, dtype)
+        )

@@ -1,0 +1,495 @@
+// The emulator behind emulator.h: fibers, barriers, warp operations, and the checks of every access.
+// Compiled without -fsanitize=thread: kernels report here.
+#include "testing/emulator.h"
+
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#include "testing/control.h"
+
+namespace emulator {
+
+Thread* current = nullptr;
+
+static constexpr int MAX_THREADS = 1024;
+static constexpr size_t STACK = 64 << 10, SHARED = 227 << 10;
+
+// ---- fibers ------------------------------------------------------------------------------------------
+
+enum State { READY, AT_BARRIER, IN_WARP, DONE };
+
+struct Fiber {
+  Thread thread;
+  State state;
+  const void* where;  // it waits
+  int line;
+  uint64_t value;  // of a warp operation: brought, then got
+  int from;
+  unsigned mask;
+#if defined(__x86_64__)
+  void* stack;
+#else
+  ucontext_t context;
+#endif
+};
+
+static Fiber fibers[MAX_THREADS];
+static int threads = 0, me = 0;
+static char* stacks = nullptr;
+static unsigned char* shared = nullptr;
+static size_t shared_bytes = 0;
+static const std::function<void()>* kernel_body = nullptr;
+static bool backwards = false;
+
+#if defined(__x86_64__)
+// Saves the callee's registers on the stack, exchanges the stacks, and returns on the other one.
+extern "C" void gpt2fast_emulator_switch(void** save, void* load);
+asm(R"(.text
+.hidden gpt2fast_emulator_switch
+.globl gpt2fast_emulator_switch
+gpt2fast_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+static void* scheduler_stack;
+static void to_scheduler() { gpt2fast_emulator_switch(&fibers[me].stack, scheduler_stack); }
+static void to_fiber(int i) { gpt2fast_emulator_switch(&scheduler_stack, fibers[i].stack); }
+#else
+static ucontext_t scheduler_context;
+static void to_scheduler() { swapcontext(&fibers[me].context, &scheduler_context); }
+static void to_fiber(int i) { swapcontext(&scheduler_context, &fibers[i].context); }
+#endif
+
+static void fiber_main() {
+  (*kernel_body)();
+  fibers[me].state = DONE;
+  to_scheduler();
+  abort();
+}
+
+static void prepare(int i) {
+  char* stack = stacks + i * STACK;
+#if defined(__x86_64__)
+  uint64_t* top = (uint64_t*)(stack + STACK - 64);
+  *--top = 0;  // keeps the stack as the calling convention wants it
+  *--top = (uint64_t)&fiber_main;
+  for (int k = 0; k < 6; ++k) *--top = 0;
+  fibers[i].stack = top;
+#else
+  getcontext(&fibers[i].context);
+  fibers[i].context.uc_stack.ss_sp = stack;
+  fibers[i].context.uc_stack.ss_size = STACK;
+  makecontext(&fibers[i].context, fiber_main, 0);
+#endif
+}
+
+// ---- complaints --------------------------------------------------------------------------------------
+
+static std::vector<std::string> complaints;
+static std::string running;  // the kernel's name
+
+static std::string source_line(const void* where) {
+  Dl_info found;
+  if (!where || !dladdr(where, &found) || !found.dli_fname) return "?";
+  char command[1024], line[512] = "";
+  snprintf(command, sizeof command, "addr2line -s -e '%s' %#zx 2>/dev/null", found.dli_fname,
+           size_t((const char*)where - 1 - (const char*)found.dli_fbase));
+  if (FILE* pipe = popen(command, "r")) {
+    if (!fgets(line, sizeof line, pipe)) line[0] = 0;
+    pclose(pipe);
+  }
+  std::string text(line);
+  text = text.substr(0, text.find_first_of(" \n"));
+  return text.empty() || text[0] == '?' ? std::string(found.dli_fname) : text;
+}
+
+static void complain(const std::string& what, const void* where) {
+  if (complaints.size() >= 8) return;
+  std::string text = what + " at " + source_line(where);
+  if (current)
+    text += ", block " + std::to_string(current->block_index.x) + "," + std::to_string(current->block_index.y) +
+            " thread " + std::to_string(me);
+  complaints.push_back(text);
+}
+
+// ---- memory ------------------------------------------------------------------------------------------
+
+static void* lazy_memory(size_t bytes) {
+  void* made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (made == MAP_FAILED) throw std::bad_alloc();
+  return made;
+}
+
+// Who touched an element last. Phases number the stretches between block barriers, over all blocks; steps
+// those between a warp's barriers within a phase. A reader may stand for SEVERAL of its warp, or of several
+// warps where its step is NEVER; OTHER_BLOCK: one read it too.
+struct Touch {
+  uint32_t write_phase, read_phase;
+  uint16_t writer, write_step, reader, read_step;
+};
+static constexpr uint16_t SEVERAL = 0x8000, ATOMIC = 0x4000, OTHER_BLOCK = 0x2000;
+static constexpr uint16_t NEVER = 0xffff;  // a step that no barrier of the warp ends
+
+// Zeros that take no memory until they are touched: tensors may span gigabytes of which few bytes exist.
+class Touches {
+ public:
+  Touches() = default;
+  Touches(Touches&& other) : all_(other.all_), bytes_(other.bytes_) { other.bytes_ = 0; }
+  ~Touches() { reset(0); }
+  void reset(size_t count) {
+    if (bytes_) munmap(all_, bytes_);
+    bytes_ = count * sizeof(Touch);
+    if (bytes_) all_ = (Touch*)lazy_memory(bytes_);
+  }
+  Touch& operator[](size_t i) { return all_[i]; }
+
+ private:
+  Touch* all_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+struct Region {
+  uintptr_t begin = 0, end = 0;
+  size_t element = 1;
+  Touches touches;
+};
+
+static std::vector<Region> tensors;
+static Region shared_region;
+static uint32_t phase = 1, first_phase = 1;  // first_phase: of this block
+static std::vector<uint16_t> steps(MAX_THREADS / 32);
+
+static bool before_now(uint32_t then, uint16_t thread, uint16_t step, bool any_of_warp) {
+  if (then == 0) return true;
+  if (then < first_phase) return false;  // another block
+  if (then < phase) return true;
+  const int other = thread & 0x3ff;
+  if (other == me && !any_of_warp) return true;
+  return other / 32 == me / 32 && step < steps[me / 32];
+}
+
+static void touch(Region& region, uintptr_t place, size_t bytes, bool write, bool atomic, const void* caller) {
+  const bool in_shared = &region == &shared_region;
+  const size_t last = (place + bytes - 1 - region.begin) / region.element;
+  for (size_t i = (place - region.begin) / region.element; i <= last; ++i) {
+    Touch& t = region.touches[i];
+    if (in_shared && t.write_phase < first_phase) {
+      if (!write) complain("read of shared memory that was not written, byte " + std::to_string(i * region.element), caller);
+      if (t.read_phase < first_phase) t.read_phase = t.reader = 0;
+      t.write_phase = 0;
+    }
+    const bool both_atomic = atomic && (t.writer & ATOMIC);
+    if (!both_atomic && !before_now(t.write_phase, t.writer, t.write_step, false))
+      complain(std::string("race: ") + (write ? "write" : "read") + " of what thread " +
+                   std::to_string(t.writer & 0x3ff) + " wrote with no barrier between" +
+                   (t.write_phase < first_phase ? " (in another block)" : ""),
+               caller);
+    if (write && !both_atomic &&
+        (t.reader & OTHER_BLOCK || !before_now(t.read_phase, t.reader, t.read_step, t.reader & SEVERAL)))
+      complain("race: write of what thread " + std::to_string(t.reader & 0x3ff) + " reads with no barrier between" +
+                   (t.read_phase < first_phase ? " (in another block)" : ""),
+               caller);
+    const uint16_t step = steps[me / 32];
+    if (write) {
+      t.write_phase = phase;
+      t.writer = uint16_t(me | (atomic ? ATOMIC : 0));
+      t.write_step = step;
+    } else {
+      const int other = t.reader & 0x3ff;
+      if (t.read_phase != phase) {
+        const bool outside = t.reader & OTHER_BLOCK || (t.read_phase && t.read_phase < first_phase);
+        t.reader = uint16_t(me | (outside && !in_shared ? OTHER_BLOCK : 0));
+        t.read_step = step;
+      } else if (other / 32 != me / 32 || t.read_step == NEVER) {
+        t.reader |= SEVERAL;
+        t.read_step = NEVER;
+      } else if (t.read_step != step) {  // what the warp read before its barrier is past
+        t.reader = uint16_t(me | (t.reader & OTHER_BLOCK));
+        t.read_step = step;
+      } else if (other != me) {
+        t.reader |= SEVERAL;
+      }
+      t.read_phase = phase;
+    }
+  }
+}
+
+extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;
+
+static void check(const void* pointer, size_t bytes, bool write, bool atomic, const void* caller) {
+  if (!current || bytes == 0) return;
+  const uintptr_t place = (uintptr_t)pointer, end = place + bytes;
+  if (place >= (uintptr_t)stacks && end <= (uintptr_t)stacks + MAX_THREADS * STACK) return;
+  if (bytes <= 16 && place % bytes) complain("misaligned access of " + std::to_string(bytes) + " bytes", caller);
+  if (place >= shared_region.begin && place < shared_region.begin + SHARED) {
+    if (end > shared_region.end)
+      complain("access beyond the " + std::to_string(shared_bytes) + " bytes of shared memory", caller);
+    else
+      touch(shared_region, place, bytes, write, atomic, caller);
+    return;
+  }
+  for (Region& region : tensors)
+    if (place >= region.begin && place < region.end) {
+      if (end > region.end)
+        complain("access beyond the end of a tensor", caller);
+      else
+        touch(region, place, bytes, write, atomic, caller);
+      return;
+    }
+  if (!write) {  // a kernel's arguments are on the host's stack, constants in this library
+    const uintptr_t host = (uintptr_t)kernel_body;
+    if (place > host - (1 << 16) && place < host + (1 << 16)) return;
+    if (place >= (uintptr_t)&__ehdr_start && place < (uintptr_t)&_end) return;
+  }
+  complain(std::string(write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes outside of every tensor", caller);
+  to_scheduler();  // never comes back: the access itself could end the process
+}
+
+void access(const void* place, size_t bytes, bool write, const void* caller) {
+  check(place, bytes, write, false, caller);
+}
+void atomic_access(const void* place, size_t bytes, const void* caller) { check(place, bytes, true, true, caller); }
+
+void* shared_memory() { return shared; }
+
+// ---- barriers and warp operations --------------------------------------------------------------------
+
+void block_barrier(int line, const void* caller) {
+  fibers[me].state = AT_BARRIER;
+  fibers[me].line = line;
+  fibers[me].where = caller;
+  to_scheduler();
+}
+
+int lane() { return me % 32; }
+
+static bool complete_warp(int first, unsigned mask) {
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) {
+      const int t = first + i;
+      if (t >= threads || fibers[t].state != IN_WARP || fibers[t].mask != mask || fibers[t].line != fibers[me].line)
+        return false;
+    }
+  return true;
+}
+
+uint64_t exchange(unsigned mask, uint64_t value, int from, int line, const void* caller) {
+  Fiber& mine = fibers[me];
+  const int first = me / 32 * 32;
+  mine.value = value;
+  mine.from = from;
+  mine.mask = mask;
+  mine.line = line;
+  mine.where = caller;
+  mine.state = IN_WARP;
+  if (!(mask >> (me % 32) & 1)) complain("warp operation by a lane outside of its mask", caller);
+  if (!complete_warp(first, mask)) {
+    to_scheduler();
+    return mine.value;
+  }
+  uint64_t brought[32];
+  for (int i = 0; i < 32; ++i) brought[i] = first + i < threads ? fibers[first + i].value : 0;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) {
+      const int source = fibers[first + i].from & 31;
+      if (!(mask >> source & 1)) complain("shuffle from a lane outside of the mask", caller);
+      fibers[first + i].value = brought[source];
+      fibers[first + i].state = READY;
+    }
+  return mine.value;
+}
+
+void warp_barrier(unsigned mask, int line, const void* caller) {
+  exchange(mask, 0, me % 32, line, caller);
+  // Every lane comes through here after the exchange; the first one counts.
+  static std::vector<int> passed(MAX_THREADS / 32);
+  int lanes = 0;
+  for (int i = 0; i < 32; ++i) lanes += mask >> i & 1;
+  if (passed[me / 32]++ == 0) ++steps[me / 32];
+  if (passed[me / 32] == lanes) passed[me / 32] = 0;
+}
+
+// Returns false where the block cannot go on.
+static bool release_barrier() {
+  int waiting = 0, done = 0, line = 0;
+  const void* where = nullptr;
+  bool apart = false;
+  for (int i = 0; i < threads; ++i) {
+    const Fiber& f = fibers[i];
+    if (f.state == DONE) ++done;
+    if (f.state == AT_BARRIER) {
+      apart = apart || (where && line != f.line);
+      line = f.line;
+      where = f.where;
+      ++waiting;
+    }
+  }
+  if (done == threads) return false;
+  const bool all = waiting == threads;
+  if (!all || apart) {
+    const Fiber* stuck = nullptr;
+    for (int i = 0; i < threads && !stuck; ++i)
+      if (fibers[i].state == IN_WARP) stuck = &fibers[i];
+    if (stuck)
+      complain("warp operation that not all lanes of its mask reach", stuck->where);
+    else if (apart)
+      complain("threads of a block wait at different barriers", where);
+    else
+      complain("barrier reached by " + std::to_string(waiting) + " of " + std::to_string(threads) + " threads", where);
+    return false;
+  }
+  for (int i = 0; i < threads; ++i) fibers[i].state = READY;
+  for (uint16_t& step : steps) step = 0;
+  ++phase;
+  return true;
+}
+
+// ---- a grid ------------------------------------------------------------------------------------------
+
+static std::vector<Launch> recorded;
+static bool record_only = false;
+
+static std::string symbol_of(const void* kernel) {
+  Dl_info found;
+  return dladdr(kernel, &found) && found.dli_sname ? found.dli_sname : "?";
+}
+
+static void run_block() {
+  if (shared_bytes) memset(shared, 0xff, shared_bytes);  // NaN
+  first_phase = ++phase;
+  for (uint16_t& step : steps) step = 0;
+  for (int i = 0; i < threads; ++i) {
+    fibers[i].state = READY;
+    prepare(i);
+  }
+  do {
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (int k = 0; k < threads; ++k) {
+        me = backwards ? threads - 1 - k : k;
+        if (fibers[me].state != READY) continue;
+        current = &fibers[me].thread;
+        to_fiber(me);
+        current = nullptr;
+        moved = true;
+        if (fibers[me].state == READY && !complaints.empty()) return;
+      }
+    }
+  } while (release_barrier());
+}
+
+void run(const char* op, const void* kernel, dim3 grid, int block, size_t bytes,
+         const std::function<void()>& body) {
+  if (record_only) {
+    recorded.push_back({symbol_of(kernel), op, grid, block, bytes});
+    return;
+  }
+  const std::string refused = std::string("gpt2fast CUDA kernel ") + op + ": ";
+  if (block < 1 || block > MAX_THREADS || grid.y > 65535 || grid.z > 65535 || bytes > SHARED)
+    throw std::runtime_error(refused + "invalid configuration");
+  if (!stacks) {
+    stacks = (char*)lazy_memory(MAX_THREADS * STACK);
+    shared = (unsigned char*)lazy_memory(SHARED + 4096);
+    shared_region.element = 2;
+    shared_region.begin = (uintptr_t)shared;
+    shared_region.touches.reset(SHARED / 2);
+  }
+  // Launches follow each other, so nothing races with an earlier one.
+  for (Region& region : tensors) region.touches.reset((region.end - region.begin) / region.element + 1);
+  shared_region.end = shared_region.begin + bytes;
+  shared_bytes = bytes;
+  threads = block;
+  kernel_body = &body;
+  complaints.clear();
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x && complaints.empty(); ++x) {
+        for (int i = 0; i < block; ++i)
+          fibers[i].thread = {{unsigned(i), 0, 0}, {x, y, z}, dim3(unsigned(block)), grid};
+        run_block();
+      }
+  if (complaints.empty()) return;
+  int status;
+  char* plain = abi::__cxa_demangle(symbol_of(kernel).c_str(), nullptr, nullptr, &status);
+  std::string text = refused + (plain ? plain : "");
+  free(plain);
+  for (const std::string& complaint : complaints) text += "\n  " + complaint;
+  throw std::runtime_error(text);
+}
+
+void know(const std::vector<Tensor>& given) {
+  tensors.clear();
+  std::vector<Tensor> sorted = given;
+  std::sort(sorted.begin(), sorted.end(), [](const Tensor& a, const Tensor& b) { return a.address < b.address; });
+  for (const Tensor& t : sorted) {
+    if (t.bytes == 0) continue;
+    if (!tensors.empty() && t.address < tensors.back().end) {  // the same memory under two names
+      tensors.back().end = std::max(tensors.back().end, t.address + t.bytes);
+      tensors.back().element = std::min(tensors.back().element, t.element);
+    } else {
+      tensors.emplace_back();
+      tensors.back().begin = t.address;
+      tensors.back().end = t.address + t.bytes;
+      tensors.back().element = t.element;
+    }
+  }
+}
+
+void options(bool records, bool reversed) {
+  record_only = records;
+  backwards = reversed;
+}
+
+std::vector<Launch> launches() {
+  std::vector<Launch> taken;
+  taken.swap(recorded);
+  return taken;
+}
+
+}  // namespace emulator
+
+// ---- what the compiler calls in kernels ----------------------------------------------------------------
+
+#define HERE __builtin_return_address(0)
+#define ACCESS(size)                                                                                    \
+  extern "C" void __tsan_read##size(void* p) { emulator::access(p, size, false, HERE); }                \
+  extern "C" void __tsan_write##size(void* p) { emulator::access(p, size, true, HERE); }                \
+  extern "C" void __tsan_unaligned_read##size(void* p) { emulator::access(p, size, false, HERE); }      \
+  extern "C" void __tsan_unaligned_write##size(void* p) { emulator::access(p, size, true, HERE); }      \
+  extern "C" void __tsan_volatile_read##size(void* p) { emulator::access(p, size, false, HERE); }       \
+  extern "C" void __tsan_volatile_write##size(void* p) { emulator::access(p, size, true, HERE); }
+ACCESS(1)
+ACCESS(2)
+ACCESS(4)
+ACCESS(8)
+ACCESS(16)
+extern "C" void __tsan_read_range(void* p, size_t n) { emulator::access(p, n, false, HERE); }
+extern "C" void __tsan_write_range(void* p, size_t n) { emulator::access(p, n, true, HERE); }
+extern "C" void __tsan_vptr_update(void**, void*) {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_init() {}

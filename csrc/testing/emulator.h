@@ -1,0 +1,159 @@
+// Runs the CUDA kernels on a CPU and checks what they do to memory. Test code: never in the wheel.
+//
+// Blocks run one after another. A thread of a block is a fiber, which runs until it meets a barrier or a
+// warp operation. Kernel sources are compiled with -fsanitize=thread, which makes the compiler report every
+// load and store, but linked with emulator.cpp instead of that sanitizer. An access is wrong if it
+//   - is outside of every tensor given to the op and of the block's shared memory;
+//   - is not aligned to its size (16-byte accesses);
+//   - reads shared memory that nobody wrote in this block;
+//   - meets another thread's access to the same element, one of them a write, with no barrier between
+//     them: __syncthreads within a block, __syncwarp (not a shuffle) within a warp, nothing between blocks.
+// Also found: barriers and warp operations that not all threads reach, and deadlocks. The first complaints are thrown as an
+// exception with the op's name, and Python raises it.
+//
+// What it cannot show: time; faults of nvcc, ptxas or in the lines for nvcc only (#else of GPT2FAST_EMULATED);
+// the last bits of approximate instructions (ex2.approx, rcp.approx are exact here) and of fused
+// multiply-adds; reads of uninitialised global memory; accesses beyond a member of a struct of shared memory
+// but within it; whether registers and shared memory suffice (benchmarks/cuda_report.py shows that);
+// memory that becomes visible late between concurrent blocks; an illegal stream or device.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+// ---- the language ------------------------------------------------------------------------------------
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static const
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __grid_constant__
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+// CUDA's names, so that kernels have the same symbols in both builds.
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  _Float16 value;
+};
+inline float __bfloat162float(__nv_bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, 4);
+  return wide;
+}
+inline __nv_bfloat16 __float2bfloat16(float x) {  // to nearest even; NaN stays one
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if (x != x) return {0x7fff};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float __half2float(__half x) { return float(x.value); }
+inline __half __float2half(float x) { return {_Float16(x)}; }
+
+namespace emulator {
+
+struct Thread {
+  uint3 thread_index, block_index;
+  dim3 block_size, grid_size;
+};
+extern Thread* current;  // null outside of kernels
+
+void run(const char* op, const void* kernel, dim3 grid, int threads, size_t shared,
+         const std::function<void()>& body);
+void* shared_memory();
+void access(const void* place, size_t bytes, bool write, const void* caller);
+// Threads meet at one barrier, or in one warp operation, if they come from the same `line`.
+void block_barrier(int line, const void* caller);
+// All lanes of `mask` bring a value and get the one that lane `from` brought.
+uint64_t exchange(unsigned mask, uint64_t value, int from, int line, const void* caller);
+void warp_barrier(unsigned mask, int line, const void* caller);
+int lane();
+void atomic_access(const void* place, size_t bytes, const void* caller);
+
+template <class T>
+T shuffle(unsigned mask, T value, int from, int line, const void* caller) {
+  static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");
+  uint64_t bits = 0;
+  __builtin_memcpy(&bits, &value, sizeof value);
+  bits = exchange(mask, bits, from, line, caller);
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::current->thread_index)
+#define blockIdx (emulator::current->block_index)
+#define blockDim (emulator::current->block_size)
+#define gridDim (emulator::current->grid_size)
+#define EMULATOR_HERE __builtin_return_address(0)
+#define EMULATOR_LINE int line = __builtin_LINE()
+#define EMULATOR_CALL inline __attribute__((noinline))
+
+EMULATOR_CALL void __syncthreads(EMULATOR_LINE) { emulator::block_barrier(line, EMULATOR_HERE); }
+EMULATOR_CALL void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_LINE) {
+  emulator::warp_barrier(mask, line, EMULATOR_HERE);
+}
+template <class T>
+EMULATOR_CALL T __shfl_sync(unsigned mask, T value, int from, EMULATOR_LINE) {
+  return emulator::shuffle(mask, value, from & 31, line, EMULATOR_HERE);
+}
+template <class T>
+EMULATOR_CALL T __shfl_xor_sync(unsigned mask, T value, int bits, EMULATOR_LINE) {
+  return emulator::shuffle(mask, value, emulator::lane() ^ bits, line, EMULATOR_HERE);
+}
+template <class T>
+EMULATOR_CALL T __shfl_down_sync(unsigned mask, T value, int by, EMULATOR_LINE) {
+  const int from = emulator::lane() + by;
+  return emulator::shuffle(mask, value, from < 32 ? from : emulator::lane(), line, EMULATOR_HERE);
+}
+template <class T>
+EMULATOR_CALL T __shfl_up_sync(unsigned mask, T value, int by, EMULATOR_LINE) {
+  const int from = emulator::lane() - by;
+  return emulator::shuffle(mask, value, from >= 0 ? from : emulator::lane(), line, EMULATOR_HERE);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  unsigned votes = 0;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) votes |= unsigned(__shfl_sync(mask, predicate != 0, i)) << i;
+  return votes;
+}
+template <class T>
+__attribute__((noinline, no_sanitize("thread"))) T atomicAdd(T* place, T value) {
+  emulator::atomic_access(place, sizeof(T), EMULATOR_HERE);
+  const T before = *place;
+  *place = before + value;
+  return before;
+}
+inline void __threadfence() {}
+
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+template <class T>
+inline T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+inline T max(T a, T b) {
+  return a < b ? b : a;
+}

@@ -1,0 +1,95 @@
+"""The CUDA kernels on the CPU: csrc's .cu files, built with the emulator of csrc/testing, and loaded.
+
+Objects are kept in build/emulated, named by what they are made of: a second run compiles nothing.
+"""
+
+import fcntl
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+from gpt2fast import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "emulated"
+COMMON = ["-std=c++17", "-fPIC", "-g", "-DGPT2FAST_EMULATED", f"-I{CSRC}", "-fno-strict-aliasing"]
+#: The sanitizer's instrumentation without its library: loads and stores report to emulator.cpp.
+KERNEL = ["-x", "c++", "-O1", "-fsanitize=thread", "-ffp-contract=off", "-w"]
+FLAGS = {".cu": KERNEL, "emulator.cpp": ["-O2", "-Wall", "-Wextra"], "cuda.cpp": ["-O0", "-w"]}
+
+
+def _object(compiler: str, source: Path, headers: str) -> Path:
+    import pybind11
+
+    flags = [*COMMON, *(FLAGS.get(source.name) or FLAGS[source.suffix])]
+    if source.name == "cuda.cpp":
+        flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    text = " ".join((compiler, *flags, headers)).encode() + source.read_bytes()
+    made = BUILD / f"{source.stem}-{hashlib.sha256(text).hexdigest()[:16]}.o"
+    if not made.exists():
+        part = made.with_suffix(".part")
+        command = [compiler, *flags, "-c", source, "-o", part]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        for old in BUILD.glob(f"{source.stem}-*.o"):
+            old.unlink()
+        part.rename(made)
+    return made
+
+
+def build() -> Path:
+    """The emulated extension module, built if anything has changed."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise backends.BackendUnavailable("the CUDA emulator is built with g++, which is not here")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:  # several test processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        texts = [p.read_bytes() for end in ("h", "inc") for p in sorted(CSRC.rglob(f"*.{end}"))]
+        headers = hashlib.sha256(b"".join(texts)).hexdigest()
+        sources = [*sorted(CSRC.rglob("*.cu")), CSRC / "testing/emulator.cpp"]
+        sources.append(CSRC / "bindings/cuda.cpp")
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(lambda source: _object(compiler, source, headers), sources))
+        key = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
+        library = BUILD / f"_cuda-{key}.so"
+        if not library.exists():
+            for old in BUILD.glob("_cuda-*.so"):
+                old.unlink()
+            link = [compiler, "-shared", "-Wl,-Bsymbolic", *objects, "-o", library, "-ldl"]
+            subprocess.run(link, check=True)
+    return library
+
+
+@functools.cache
+def _built() -> Path | str:
+    try:
+        return build()
+    except subprocess.CalledProcessError as error:
+        return f"the emulated CUDA kernels do not compile:\n{error.stderr}"
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Puts the emulated kernels in the place of gpt2fast._cuda for the rest of this process."""
+    library = _built()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    name = "gpt2fast._cuda"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    sys.modules[name] = module
+    for cached in (backends.cuda_kernels, backends.status):
+        cached.cache_clear()
+    return module

@@ -1,0 +1,94 @@
+"""The emulator that proves the CUDA kernels finds the faults that it is for."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+import gpt2fast
+from gpt2fast import backends
+from tests import cuda_emulator
+
+FAULTS = {
+    "no barrier": r"read of shared memory that was not written, byte \d+ at faults\.cu:\d+, block 0,0",
+    "beyond the tensor": "access beyond the end of a tensor|outside of every tensor",
+    "beyond shared memory": "access beyond the 256 bytes of shared memory",
+    "unwritten": "read of shared memory that was not written, byte 12",
+    "misaligned": "misaligned access of 16 bytes",
+    "divergent": "threads of a block wait at different barriers",
+    "early exit": "barrier reached by 63 of 64 threads",
+    "warp order": "race: read of what thread",
+    "a shuffle is no barrier": "race: read of what thread",
+    "other block": r"race: write of what thread 0 wrote.*\(in another block\)",
+    "half a shuffle": "warp operation that not all lanes of its mask reach",
+    "overwritten": "race: write of what thread|race: read of what thread",
+    "too large": "invalid configuration",
+}
+
+
+def run(fault: str, count: int = 100, backwards: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels = cuda_emulator.load()
+    x, y = torch.randn(count), torch.full((count,), torch.nan)
+    kernels.know([(t.data_ptr(), 4 * count, 4) for t in (x, y)])
+    kernels.options(reversed=backwards)
+    try:
+        kernels.fault(fault, x.data_ptr(), y.data_ptr(), count)
+    finally:
+        kernels.options()
+    return x, y
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_without_a_fault(backwards: bool) -> None:
+    x, y = run("", 128, backwards)
+    assert torch.equal(y, x.view(2, 64).flip(1).view(-1))
+    run("", 100, backwards)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str, backwards: bool) -> None:
+    message = FAULTS[fault]
+    if backwards:
+        message = message.replace("thread 0", r"thread \d+")
+    with pytest.raises(RuntimeError, match=rf"(?s)gpt2fast CUDA kernel fault: .*({message})"):
+        run(fault, backwards=backwards)
+    x, y = run("", 128)  # the next launch is not harmed
+    assert torch.equal(y, x.view(2, 64).flip(1).view(-1))
+
+
+def test_an_op_without_cuda_kernels_says_so() -> None:
+    cuda_emulator.load()
+    q = torch.randn(1, 4, 2, 16)
+    with (
+        gpt2fast.use_backend("cuda"),
+        pytest.raises(gpt2fast.BackendUnavailable, match="'cuda' has no kernels for attention"),
+    ):
+        gpt2fast.functional.flash_attn_func(q, q, q, causal=True)
+
+
+def test_status_says_what_is_emulated() -> None:
+    cuda_emulator.load()
+    found = backends.status("cuda")
+    assert found.available
+    assert "emulated on the CPU" in found.detail
+
+
+def test_status_says_why_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gpt2fast._cuda", None)
+    monkeypatch.setattr(backends, "cuda_kernels", backends.cuda_kernels.__wrapped__)
+    told = {"parts": {"cuda": {"built": False, "reason": "nvcc was not found"}}}
+    monkeypatch.setattr(backends, "build_info", lambda: told)
+    found = backends.status.__wrapped__("cuda")
+    assert not found.available
+    assert "nvcc was not found" in found.detail
+
+
+def test_status_says_that_no_gpu_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = types.SimpleNamespace(emulated=False, archs="80-real, 90a-real")
+    monkeypatch.setattr(backends, "cuda_kernels", lambda: kernels)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = backends.status.__wrapped__("cuda")
+    assert not found.available
+    assert "for 80-real, 90a-real are there, but PyTorch sees no NVIDIA GPU" in found.detail
