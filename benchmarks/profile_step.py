@@ -12,8 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import gpt2fast
 from benchmarks.harness import DEVICE, REHEARSAL, pick, randint
-from benchmarks.step_worker import VARIANTS, make_step
-from gpt2fast import GPTConfig
+from benchmarks.step_worker import VARIANTS, config_of, make_step
 
 STEPS = 3
 
@@ -27,7 +26,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=pick((4, 64), (64, 1024), (1, 8)))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    config = GPTConfig.from_name(options.model, **({"vocab_size": 300} if REHEARSAL else {}))
+    config = config_of(options.model)
     with gpt2fast.use_backend("triton" if REHEARSAL else None):
         step = make_step(options.variant, config)
         batches = [randint(config.vocab_size, *options.shape) for _ in range(STEPS + 2)]

@@ -40,6 +40,11 @@ OPTIONS: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95)}
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
+def config_of(name: str) -> GPTConfig:
+    """The named model; in a rehearsal with few tokens."""
+    return GPTConfig.from_name(name, **({"vocab_size": 300} if REHEARSAL else {}))
+
+
 def precision() -> AbstractContextManager[Any]:
     """The context of a forward pass."""
     return torch.autocast(DEVICE.type, dtype=torch.bfloat16) if GPU else nullcontext()
@@ -134,7 +139,7 @@ def peak_memory() -> int:
 
 def main() -> None:
     variant, name, batch, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    config = GPTConfig.from_name(name, **({"vocab_size": 300} if REHEARSAL else {}))
+    config = config_of(name)
     backend = "triton" if REHEARSAL and variant.startswith("gpt2fast") else None
     with gpt2fast.use_backend(backend):
         step = make_step(variant, config)

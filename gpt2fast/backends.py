@@ -111,13 +111,7 @@ def _cuda_status() -> Status:
         return Status(False, str(error))
     if kernels.emulated:
         return Status(True, "CUDA kernels, emulated on the CPU: for tests only")
-    built = f"CUDA kernels for {kernels.archs} are there"
-    if not torch.cuda.is_available():
-        return Status(False, f"{built}, but PyTorch sees no NVIDIA GPU")
-    if (capability := torch.cuda.get_device_capability()) < (8, 0):
-        found = f"{torch.cuda.get_device_name()} has compute capability {capability}"
-        return Status(False, f"the CUDA kernels need compute capability 8.0 or later: {found}")
-    return Status(True, f"{built}, on {torch.cuda.get_device_name()}")
+    return _on_this_gpu(f"CUDA kernels for {kernels.archs}")
 
 
 def _triton_status() -> Status:
@@ -129,12 +123,19 @@ def _triton_status() -> Status:
         )
     if interpreted():
         return Status(True, f"Triton {version}, interpreted on the CPU: for tests only")
+    return _on_this_gpu(f"Triton {version}")
+
+
+def _on_this_gpu(what: str) -> Status:
     if not torch.cuda.is_available():
-        return Status(False, f"Triton {version} is there, but PyTorch sees no NVIDIA GPU")
-    if (capability := torch.cuda.get_device_capability()) < (8, 0):
-        found = f"{torch.cuda.get_device_name()} has compute capability {capability}"
-        return Status(False, f"the Triton kernels need compute capability 8.0 or later: {found}")
-    return Status(True, f"Triton {version} on {torch.cuda.get_device_name()}")
+        return Status(False, f"{what}: there, but PyTorch sees no NVIDIA GPU")
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return Status(
+            False,
+            f"{what}: compute capability 8.0 or later is needed, {name} has {capability}",
+        )
+    return Status(True, f"{what} on {name}")
 
 
 def interpreted() -> bool:

@@ -91,4 +91,6 @@ def test_status_says_that_no_gpu_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = backends.status.__wrapped__("cuda")
     assert not found.available
-    assert "for 80-real, 90a-real are there, but PyTorch sees no NVIDIA GPU" in found.detail
+    assert (
+        "CUDA kernels for 80-real, 90a-real: there, but PyTorch sees no NVIDIA GPU" in found.detail
+    )

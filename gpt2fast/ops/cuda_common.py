@@ -104,8 +104,3 @@ def parameter(given: Tensor | None, x: Tensor) -> tuple[Tensor | None, bool]:
     if given.dtype not in (x.dtype, torch.float32):
         given = given.float()
     return given.contiguous(), given.dtype == torch.float32
-
-
-def dropout_numbers(dropout_p: float) -> tuple[float, int]:
-    """What kept values are multiplied by, and the 24 bits of hash from which a value is kept."""
-    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0, int(dropout_p * 2**24 + 0.5)

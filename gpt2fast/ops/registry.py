@@ -43,12 +43,12 @@ def register(
 
 def call(op: Callable[..., Any], tensor: torch.Tensor, *rest: Any) -> Any:
     """``op(tensor, *rest)``, around PyTorch's dispatcher where nothing needs it: some 15 us."""
-    return (_implementations[id(op)] if is_plain(tensor) else op)(tensor, *rest)
+    return (_implementations[id(op)] if is_plain(tensor, *rest) else op)(tensor, *rest)
 
 
 def apply(function: type[torch.autograd.Function], tensor: torch.Tensor, *rest: Any) -> Any:
     """``function.apply(tensor, *rest)``, without what that does in Python for torch.func: 10 us."""
-    if is_plain(tensor):
+    if is_plain(tensor, *rest):
         return super(torch.autograd.Function, function).apply(tensor, *rest)  # type: ignore[misc]
     return function.apply(tensor, *rest)
 
@@ -59,11 +59,15 @@ _autocast_enabled = torch._C._is_any_autocast_enabled
 _profiler_enabled = torch.autograd._profiler_enabled
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether nobody watches, traces or transforms what is done with `tensor`."""
+# A subclass of Tensor (DTensor, FakeTensor) may have no data behind its address.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+
+
+def is_plain(*arguments: Any) -> bool:
+    """Whether nobody watches, traces or transforms what is done with an op's arguments."""
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and _PLAIN.issuperset(map(type, arguments))
         and not _transforms_active()
         and not _dispatch_modes()
         and not _autocast_enabled()
@@ -87,6 +91,11 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 def shaped(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Contiguous `tensor` in the shape of `like`; a view costs as much as an allocation."""
     return tensor if tensor.dim() == like.dim() else tensor.view(like.shape)
+
+
+def dropout_numbers(dropout_p: float) -> tuple[float, int]:
+    """What kept values are multiplied by, and the 24 bits of hash from which a value is kept."""
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0, int(dropout_p * 2**24 + 0.5)
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from gpt2fast.backends import interpreted
+
+INTERPRETED = interpreted()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,11 +246,6 @@ def gelu(z):
 def gelu_slope(z):
     """d gelu / dz of fp32 z."""
     return gelu_and_slope(z)[1]
-
-
-def dropout_numbers(dropout_p: float) -> tuple[float, int]:
-    """What kept values are multiplied by, and the 24 bits of hash from which a value is kept."""
-    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0, int(dropout_p * 2**24 + 0.5)
 
 
 @triton.jit

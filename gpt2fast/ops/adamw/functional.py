@@ -1,6 +1,7 @@
 """The public AdamW functions; gpt2fast.optim has the optimiser on them."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ def run_adamw(
     arguments = (kept[0], list(grads), *kept[1:], steps, lr_tensor, grad_scale, number, rate)
     if backend == "reference":
         reference.adamw_(*arguments, *scalars)
-    elif is_plain(params[0]):
+    elif is_plain(*chain(*arguments[:6]), lr_tensor, grad_scale):
         autograd.adamw_implementation(*arguments, *scalars, backend)
     else:
         autograd.adamw(*arguments, *scalars, backend)
@@ -191,5 +192,5 @@ def run_global_norm(tensors: Sequence[Tensor]) -> Tensor:
     backend = _backend(tensors)
     if backend == "reference":
         return reference.global_norm(list(tensors))
-    norm = autograd.norm_implementation if is_plain(tensors[0]) else autograd.global_norm
+    norm = autograd.norm_implementation if is_plain(*tensors) else autograd.global_norm
     return norm(list(tensors), backend)

@@ -33,10 +33,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpt2fast.ops.registry import dropout_numbers
 from gpt2fast.ops.triton_common import (
     INTERPRETED,
     dot_precision,
-    dropout_numbers,
     head_words,
     kept_mask,
     launch,

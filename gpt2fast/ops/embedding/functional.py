@@ -31,9 +31,8 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tenso
         IndexError: on the CPU, an index outside of wte, with its place. Kernels on a GPU do not
             check, since that would wait for the device.
     """
-    if not _is_usual(idx, wte, wpe):
-        _check(idx, wte, wpe)
-        idx = idx.long()
+    _check(idx, wte, wpe)
+    idx = idx if idx.dtype == torch.int64 else idx.long()
     length = idx.shape[1]
     if position < 0 or position + length > wpe.shape[0]:
         raise ValueError(
@@ -44,20 +43,6 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tenso
     if backend == "reference":
         return reference.embedding(idx, wte, wpe, position)
     return apply(autograd.Embedding, idx, wte, wpe, position, backend)
-
-
-def _is_usual(idx: Tensor, wte: Tensor, wpe: Tensor) -> bool:
-    """Whether `_check` would find nothing, for most calls: a short cut."""
-    return (
-        isinstance(idx, Tensor)
-        and isinstance(wte, Tensor)
-        and isinstance(wpe, Tensor)
-        and idx.dtype is torch.int64
-        and wte.dtype is wpe.dtype is torch.float32
-        and idx.dim() == wte.dim() == wpe.dim() == 2
-        and wte.shape[1] == wpe.shape[1] > 0
-        and idx.device == wte.device == wpe.device
-    )
 
 
 def _check(idx: Tensor, wte: Tensor, wpe: Tensor) -> None:

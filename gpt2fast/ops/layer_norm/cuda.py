@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from gpt2fast.ops.cuda_common import dropout_numbers, launch, parameter, processors_of
-from gpt2fast.ops.registry import DTYPE_CODES
+from gpt2fast.ops.cuda_common import launch, parameter, processors_of
+from gpt2fast.ops.registry import DTYPE_CODES, dropout_numbers
 
 #: Blocks of the backward for each multiprocessor, as many as its registers hold.
 BLOCKS = 4

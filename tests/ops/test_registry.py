@@ -1,0 +1,46 @@
+"""The short way round PyTorch's dispatcher is for plain tensors only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import gpt2fast
+from gpt2fast import functional
+
+
+class Wrapper(Tensor):
+    """A tensor whose data lies elsewhere, as DTensor's does: its own address is 0."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapper":
+        made: Wrapper = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map(
+            lambda a: a.inner if isinstance(a, Wrapper) else a, (args, kwargs or {})
+        )
+        return function(*args, **kwargs)
+
+
+def test_a_wrapper_beside_a_plain_tensor_reaches_the_kernel_with_its_data(isa: str) -> None:
+    x, weight, bias = torch.randn(3, 8), torch.randn(8), torch.randn(8)
+    with gpt2fast.use_backend("cpu"):
+        expected = functional.layer_norm(x, weight, bias)
+        assert torch.equal(functional.layer_norm(x, Wrapper(weight), bias), expected)
+        assert torch.equal(functional.layer_norm(x, weight, Wrapper(bias)), expected)
+
+
+def test_the_norm_of_wrapped_gradients(isa: str) -> None:
+    tensors = [torch.randn(5), torch.randn(7)]
+    with gpt2fast.use_backend("cpu"):
+        expected = functional.global_norm(tensors)
+        assert torch.equal(functional.global_norm([tensors[0], Wrapper(tensors[1])]), expected)
