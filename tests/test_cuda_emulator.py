@@ -1,5 +1,6 @@
 """The emulator that proves the CUDA kernels finds the faults that it is for."""
 
+import itertools
 import sys
 import types
 
@@ -8,6 +9,7 @@ import torch
 
 import gpt2fast
 from gpt2fast import backends
+from gpt2fast.ops.registry import DTYPE_CODES
 from tests import cuda_emulator
 
 FAULTS = {
@@ -56,6 +58,73 @@ def test_faults_are_found(fault: str, backwards: bool) -> None:
         run(fault, backwards=backwards)
     x, y = run("", 128)  # the next launch is not harmed
     assert torch.equal(y, x.view(2, 64).flip(1).view(-1))
+
+
+PRODUCT_FAULTS = {
+    "no wait": r"read of what thread \d+ copies asynchronously and has not waited for at faults",
+    "short wait": r"read of what thread \d+ copies asynchronously",
+    "no commit": r"read of what thread \d+ copies asynchronously",
+    "no barrier after wait": "read of shared memory that was not written",
+    "overwritten stage": r"race: write of what thread \d+ reads|copies asynchronously",
+    "misaligned row": "misaligned access of 16 bytes",
+    "misaligned copy": "misaligned asynchronous copy",
+    "row not shared": "matrix row outside of shared memory",
+    "half a warp": "warp operation that not all lanes of its mask reach",
+    "copy beyond": "access beyond the end of a tensor|outside of every tensor",
+}
+
+
+def product(
+    fault: str = "",
+    depth: int = 48,
+    *,
+    turned: tuple[bool, bool] = (False, False),
+    plain: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    backwards: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel and what PyTorch make of a (32, depth) times b (depth, 16)."""
+    kernels = cuda_emulator.load()
+    a, b = torch.randn(32, depth).to(dtype), torch.randn(depth, 16).to(dtype)
+    c = torch.full((32, 16), torch.nan)
+    stored = (a.t().contiguous() if turned[0] else a, b if turned[1] else b.t().contiguous())
+    kernels.know([(t.data_ptr(), t.nbytes, t.element_size()) for t in (*stored, c)])
+    kernels.options(reversed=backwards)
+    try:
+        kernels.product_fault(
+            fault,
+            *(t.data_ptr() for t in (*stored, c)),
+            depth,
+            *turned,
+            plain,
+            DTYPE_CODES[dtype],
+        )
+    finally:
+        kernels.options()
+    return c, a.double() @ b.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("turned", [*itertools.product((False, True), repeat=2)])
+def test_matrix_fragments(turned: tuple[bool, bool], plain: bool, dtype: torch.dtype) -> None:
+    """Fragments by the ISA's formulas and by ldmatrix, of tiles in either order, whole and ragged."""
+    for depth, backwards in ((48, False), (24, True)):
+        found, expected = product(
+            depth=depth, turned=turned, plain=plain, dtype=dtype, backwards=backwards
+        )
+        # Products of 16-bit numbers are exact in fp32; every addition rounds once.
+        bound = depth * torch.finfo(torch.float32).eps * expected.abs().max() * depth**0.5
+        assert (found - expected).abs().max() < bound
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("fault", PRODUCT_FAULTS)
+def test_faults_of_products_are_found(fault: str, backwards: bool) -> None:
+    message = rf"(?s)gpt2fast CUDA kernel product_fault: .*({PRODUCT_FAULTS[fault]})"
+    with pytest.raises(RuntimeError, match=message):
+        product(fault, 40, backwards=backwards)
+    product()  # the next launch is not harmed
 
 
 def test_an_op_without_cuda_kernels_says_so() -> None:

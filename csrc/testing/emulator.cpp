@@ -29,8 +29,17 @@ static constexpr size_t STACK = 64 << 10, SHARED = 227 << 10;
 
 enum State { READY, AT_BARRIER, IN_WARP, DONE };
 
+// An asynchronous copy that its thread has not waited for.
+struct Copy {
+  unsigned char* to;
+  unsigned char data[16];
+  unsigned group;
+};
+
 struct Fiber {
   Thread thread;
+  std::vector<Copy> copies;
+  unsigned group;  // of copies, which is not committed yet
   State state;
   const void* where;  // it waits
   int line;
@@ -92,6 +101,8 @@ static void fiber_main() {
 }
 
 static void prepare(int i) {
+  fibers[i].copies.clear();
+  fibers[i].group = 0;
   char* stack = stacks + i * STACK;
 #if defined(__x86_64__)
   uint64_t* top = (uint64_t*)(stack + STACK - 64);
@@ -146,12 +157,12 @@ static void* lazy_memory(size_t bytes) {
 
 // Who touched an element last. Phases number the stretches between block barriers, over all blocks; steps
 // those between a warp's barriers within a phase. A reader may stand for SEVERAL of its warp, or of several
-// warps where its step is NEVER; OTHER_BLOCK: one read it too.
+// warps where its step is NEVER; OTHER_BLOCK: one read it too. IN_FLIGHT: the writer copies it asynchronously.
 struct Touch {
   uint32_t write_phase, read_phase;
   uint16_t writer, write_step, reader, read_step;
 };
-static constexpr uint16_t SEVERAL = 0x8000, ATOMIC = 0x4000, OTHER_BLOCK = 0x2000;
+static constexpr uint16_t SEVERAL = 0x8000, ATOMIC = 0x4000, OTHER_BLOCK = 0x2000, IN_FLIGHT = 0x1000;
 static constexpr uint16_t NEVER = 0xffff;  // a step that no barrier of the warp ends
 
 // Zeros that take no memory until they are touched: tensors may span gigabytes of which few bytes exist.
@@ -202,6 +213,10 @@ static void touch(Region& region, uintptr_t place, size_t bytes, bool write, boo
       if (t.read_phase < first_phase) t.read_phase = t.reader = 0;
       t.write_phase = 0;
     }
+    if (t.write_phase && t.writer & IN_FLIGHT)
+      complain(std::string(write ? "write" : "read") + " of what thread " + std::to_string(t.writer & 0x3ff) +
+                   " copies asynchronously and has not waited for",
+               caller);
     const bool both_atomic = atomic && (t.writer & ATOMIC);
     if (!both_atomic && !before_now(t.write_phase, t.writer, t.write_step, false))
       complain(std::string("race: ") + (write ? "write" : "read") + " of what thread " +
@@ -297,20 +312,25 @@ static bool complete_warp(int first, unsigned mask) {
   return true;
 }
 
-uint64_t exchange(unsigned mask, uint64_t value, int from, int line, const void* caller) {
+// Waits until every lane of the mask has come. True for the last one, which does what they came for.
+static bool last_of_warp(unsigned mask, uint64_t brought, int line, const void* caller) {
   Fiber& mine = fibers[me];
-  const int first = me / 32 * 32;
-  mine.value = value;
-  mine.from = from;
+  mine.value = brought;
   mine.mask = mask;
   mine.line = line;
   mine.where = caller;
   mine.state = IN_WARP;
   if (!(mask >> (me % 32) & 1)) complain("warp operation by a lane outside of its mask", caller);
-  if (!complete_warp(first, mask)) {
-    to_scheduler();
-    return mine.value;
-  }
+  if (complete_warp(me / 32 * 32, mask)) return true;
+  to_scheduler();
+  return false;
+}
+
+uint64_t exchange(unsigned mask, uint64_t value, int from, int line, const void* caller) {
+  Fiber& mine = fibers[me];
+  const int first = me / 32 * 32;
+  mine.from = from;
+  if (!last_of_warp(mask, value, line, caller)) return mine.value;
   uint64_t brought[32];
   for (int i = 0; i < 32; ++i) brought[i] = first + i < threads ? fibers[first + i].value : 0;
   for (int i = 0; i < 32; ++i)
@@ -331,6 +351,108 @@ void warp_barrier(unsigned mask, int line, const void* caller) {
   for (int i = 0; i < 32; ++i) lanes += mask >> i & 1;
   if (passed[me / 32]++ == 0) ++steps[me / 32];
   if (passed[me / 32] == lanes) passed[me / 32] = 0;
+}
+
+// ---- matrix fragments and asynchronous copies ---------------------------------------------------------
+
+// `combine(brought by lane 0, ... by lane 31)`, once for the whole warp.
+template <class Brought, class Combine>
+static void whole_warp(Brought& mine, int line, const void* caller, const Combine& combine) {
+  if (!last_of_warp(0xffffffffu, (uint64_t)&mine, line, caller)) return;
+  Fiber* const lanes = fibers + me / 32 * 32;
+  Brought* brought[32];
+  for (int i = 0; i < 32; ++i) {
+    brought[i] = (Brought*)lanes[i].value;
+    lanes[i].state = READY;
+  }
+  combine(brought);
+}
+
+static float widened(uint32_t pair, int half, bool is_bf16) {
+  const uint16_t bits = uint16_t(pair >> (16 * half));
+  if (is_bf16) return __bfloat162float({bits});
+  __half x;
+  __builtin_memcpy(&x, &bits, 2);
+  return __half2float(x);
+}
+
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_bf16, int line, const void* caller) {
+  struct Fragments {
+    float* c;
+    const uint32_t *a, *b;
+  } mine{c, a, b};
+  whole_warp(mine, line, caller, [&](Fragments** lanes) {
+    float left[16][16], right[16][8], sum[16][8];
+    for (int l = 0; l < 32; ++l)
+      for (int half = 0; half < 2; ++half) {
+        const int group = l / 4, pair = l % 4 * 2 + half;
+        for (int i = 0; i < 4; ++i) left[group + i % 2 * 8][pair + i / 2 * 8] = widened(lanes[l]->a[i], half, is_bf16);
+        for (int i = 0; i < 2; ++i) right[pair + i * 8][group] = widened(lanes[l]->b[i], half, is_bf16);
+        for (int i = 0; i < 2; ++i) sum[group + i * 8][pair] = lanes[l]->c[2 * i + half];
+      }
+    for (int row = 0; row < 16; ++row)
+      for (int k = 0; k < 16; ++k)
+        for (int column = 0; column < 8; ++column) sum[row][column] += left[row][k] * right[k][column];
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i) lanes[l]->c[i] = sum[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+  });
+}
+
+static bool is_shared(const void* place) {
+  return (uintptr_t)place >= shared_region.begin && (uintptr_t)place < shared_region.begin + SHARED;
+}
+
+void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, int line, const void* caller) {
+  if (!is_shared(row)) {
+    complain("matrix row outside of shared memory", caller);
+    to_scheduler();
+  }
+  check(row, 16, false, false, caller);
+  struct Row {
+    const unsigned char* place;
+    uint32_t* r;
+  } mine{(const unsigned char*)row, r};
+  whole_warp(mine, line, caller, [&](Row** lanes) {
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int l = 0; l < 32; ++l) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; ++i) {
+          const int line = transposed ? l % 4 * 2 + i : l / 4, column = transposed ? l / 4 : l % 4 * 2 + i;
+          memcpy(&pair[i], lanes[matrix * 8 + line]->place + 2 * column, 2);
+        }
+        memcpy(&lanes[l]->r[matrix], pair, 4);
+      }
+  });
+}
+
+void copy_async(void* to, const void* from, int bytes, const void* caller) {
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16) complain("misaligned asynchronous copy", caller);
+  if (!is_shared(to)) {
+    complain("asynchronous copy to an address outside of shared memory", caller);
+    to_scheduler();
+  }
+  for (int i = 0; i < bytes; i += 2) check((const char*)from + i, 2, false, false, caller);
+  check(to, 16, true, false, caller);  // from now on, and until it is waited for
+  const size_t first = ((uintptr_t)to - shared_region.begin) / shared_region.element;
+  for (size_t i = 0; i < 16 / shared_region.element; ++i) shared_region.touches[first + i].writer |= IN_FLIGHT;
+  Copy copy{(unsigned char*)to, {}, fibers[me].group};
+  memcpy(copy.data, from, bytes);
+  fibers[me].copies.push_back(copy);
+}
+
+void copy_async_commit() { ++fibers[me].group; }
+
+void copy_async_wait(int groups, const void* caller) {
+  Fiber& mine = fibers[me];
+  const auto arrived = [&](const Copy& copy) { return copy.group + groups < mine.group; };
+  for (const Copy& copy : mine.copies) {
+    if (!arrived(copy)) continue;
+    const size_t first = ((uintptr_t)copy.to - shared_region.begin) / shared_region.element;
+    for (size_t i = 0; i < 16 / shared_region.element; ++i) shared_region.touches[first + i].writer &= ~IN_FLIGHT;
+    check(copy.to, 16, true, false, caller);
+    memcpy(copy.to, copy.data, 16);
+  }
+  mine.copies.erase(std::remove_if(mine.copies.begin(), mine.copies.end(), arrived), mine.copies.end());
 }
 
 // Returns false where the block cannot go on.

@@ -7,13 +7,14 @@
 //   - is not aligned to its size (16-byte accesses);
 //   - reads shared memory that nobody wrote in this block;
 //   - meets another thread's access to the same element, one of them a write, with no barrier between
-//     them: __syncthreads within a block, __syncwarp (not a shuffle) within a warp, nothing between blocks.
+//     them: __syncthreads within a block, __syncwarp (not a shuffle) within a warp, nothing between blocks;
+//   - is to shared memory that an asynchronous copy fills, before the copying thread has waited for it.
 // Also found: barriers and warp operations that not all threads reach, and deadlocks. The first complaints are thrown as an
 // exception with the op's name, and Python raises it.
 //
 // What it cannot show: time; faults of nvcc, ptxas or in the lines for nvcc only (#else of GPT2FAST_EMULATED);
-// the last bits of approximate instructions (ex2.approx, rcp.approx are exact here) and of fused
-// multiply-adds; reads of uninitialised global memory; accesses beyond a member of a struct of shared memory
+// the last bits of approximate instructions (ex2.approx, rcp.approx are exact here), of fused multiply-adds
+// and of the tensor cores' sums; bank conflicts; reads of uninitialised global memory; accesses beyond a member of a struct of shared memory
 // but within it; whether registers and shared memory suffice (benchmarks/cuda_report.py shows that);
 // memory that becomes visible late between concurrent blocks; an illegal stream or device.
 #pragma once
@@ -88,6 +89,15 @@ void block_barrier(int line, const void* caller);
 uint64_t exchange(unsigned mask, uint64_t value, int from, int line, const void* caller);
 void warp_barrier(unsigned mask, int line, const void* caller);
 int lane();
+// Tensor-core instructions of a whole warp, whose lanes have fragments as in the PTX ISA, section 9.7.14:
+// c (16 x 8) += a (16 x 16) b (16 x 8), and four 8 x 8 matrices whose rows the lanes name.
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_bf16, int line, const void* caller);
+void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, int line, const void* caller);
+// 16 bytes to shared memory, `bytes` of them from `from` and then zeros. They are there when their thread has
+// waited for their group, and nobody may touch the place before.
+void copy_async(void* to, const void* from, int bytes, const void* caller);
+void copy_async_commit();
+void copy_async_wait(int groups, const void* caller);
 void atomic_access(const void* place, size_t bytes, const void* caller);
 
 template <class T>

@@ -1,10 +1,11 @@
-// A kernel with faults that the emulator must find: it proves the emulator. Most faults give right numbers
+// Kernels with faults that the emulator must find: they prove the emulator. Most faults give right numbers
 // where threads run one after another.
 #include "testing/faults.h"
 
 #include <cstring>
 
 #include "common/cuda.h"
+#include "common/mma.h"
 
 namespace gpt2fast {
 namespace cuda {
@@ -36,14 +37,116 @@ __global__ void fault_kernel(const float* x, float* y, i64 count, int fault) {
   if (to < count + (fault == BEYOND_TENSOR)) y[to] = value;
 }
 
+template <size_t N>
+static int position(const char* const (&names)[N], const char* name) {
+  for (size_t i = 0; i < N; ++i)
+    if (!strcmp(names[i], name)) return int(i);
+  throw std::runtime_error("no such fault");
+}
+
 void fault(const char* name, uintptr_t x, uintptr_t y, i64 count) {
   static const char* const names[] = {"", "no barrier", "beyond the tensor", "beyond shared memory", "unwritten",
     "misaligned", "divergent", "early exit", "warp order", "other block", "half a shuffle", "a shuffle is no barrier",
     "overwritten", "too large"};
-  int found = 0;
-  while (strcmp(names[found], name)) ++found;
+  const int found = position(names, name);
   launch("fault", fault_kernel, dim3(unsigned(ceil_div(count, 64))), 64, found == TOO_LARGE ? 1 << 20 : 256, 0,
          (const float*)x, (float*)y, count, found);
+}
+
+// ---- a product of two warps, with two stages of asynchronous copies -------------------------------------
+
+enum ProductFault {
+  NO_WAIT = 1, SHORT_WAIT, NO_COMMIT, NO_BARRIER_AFTER_WAIT, OVERWRITTEN_STAGE, MISALIGNED_ROW, MISALIGNED_COPY,
+  ROW_NOT_SHARED, HALF_A_WARP, COPY_BEYOND
+};
+
+template <class T>
+__global__ void product_kernel(const T* a, const T* b, float* c, int depth, bool a_turned, bool b_turned, bool plain,
+                               int fault) {
+  struct Shared {
+    T a[2][32 * 16], b[2][16 * 16];
+  };
+  Shared& shared = shared_memory<Shared>();
+  const int t = threadIdx.x, lane = t % WARP, warp = t / WARP;
+  // 8 elements a thread of a stage's tile (rows, columns) of a matrix (height, width) from (top, left) on.
+  const auto fetch = [&](T* tile, const T* from, int rows, int columns, int top, int left, int height, int width) {
+    const int row = t / (columns / 8), column = t % (columns / 8) * 8;
+    if (row >= rows) return;
+    int present = top + row < height ? min(max(width - left - column, 0), 8) : 0;
+    if (fault == COPY_BEYOND) present = 8;
+    const T* place = from + (present ? (top + row) * width + left + column : 0);
+    copy_async(tile + row * columns + column, place + (fault == MISALIGNED_COPY), present * int(sizeof(T)));
+  };
+  const auto stage = [&](int k) {
+    const int s = k / 16 % 2;
+    if (k < depth) {
+      if (a_turned)
+        fetch(shared.a[s], a, 16, 32, k, 0, depth, 32);
+      else
+        fetch(shared.a[s], a, 32, 16, 0, k, 32, depth);
+      if (b_turned)
+        fetch(shared.b[s], b, 16, 16, k, 0, depth, 16);
+      else
+        fetch(shared.b[s], b, 16, 16, 0, k, 16, depth);
+    }
+    if (fault != NO_COMMIT) copy_async_commit();
+  };
+  float sums[2][4] = {};
+  stage(0);
+  for (int k = 0; k < depth; k += 16) {
+    stage(k + 16);
+    if (fault == SHORT_WAIT)
+      copy_async_wait<2>();
+    else if (fault != NO_WAIT)
+      copy_async_wait<1>();
+    if (fault != NO_BARRIER_AFTER_WAIT) __syncthreads();
+    const T *left = shared.a[k / 16 % 2], *right = shared.b[k / 16 % 2];
+    uint32_t x[4], y[4];
+    if (plain) {
+      const int g = lane / 4, p = lane % 4 * 2;
+      const auto pair = [&](const T* tile, int first, int step) {
+        return pack<T>(to_float(tile[first]), to_float(tile[first + step]));
+      };
+      for (int i = 0; i < 4; ++i) {
+        const int row = warp * 16 + g + i % 2 * 8, column = p + i / 2 * 8;
+        x[i] = a_turned ? pair(left, column * 32 + row, 32) : pair(left, row * 16 + column, 1);
+        const int n = g + i / 2 * 8, m = p + i % 2 * 8;
+        y[i] = b_turned ? pair(right, m * 16 + n, 16) : pair(right, n * 16 + m, 1);
+      }
+    } else {
+      const int shift = fault == MISALIGNED_ROW;
+      if (a_turned)
+        ldmatrix_transposed(x, left + (lane % 8 + lane / 16 * 8) * 32 + warp * 16 + lane / 8 % 2 * 8);
+      else
+        ldmatrix(x, fault == ROW_NOT_SHARED ? a : left + (warp * 16 + lane % 16) * 16 + lane / 16 * 8 + shift);
+      if (b_turned)
+        ldmatrix_transposed(y, right + lane % 16 * 16 + lane / 16 * 8);
+      else
+        ldmatrix(y, right + (lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * 8);
+    }
+    if (fault != HALF_A_WARP || lane < 16) mma<T>(sums[0], x, y[0], y[1]);
+    mma<T>(sums[1], x, y[2], y[3]);
+    if (fault != OVERWRITTEN_STAGE) __syncthreads();
+  }
+  for (int n = 0; n < 2; ++n)
+    for (int i = 0; i < 4; ++i)
+      c[(warp * 16 + lane / 4 + i / 2 * 8) * 16 + n * 8 + lane % 4 * 2 + i % 2] = sums[n][i];
+}
+
+void product_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, i64 depth, bool a_turned, bool b_turned,
+                   bool plain, int dtype) {
+  static const char* const names[] = {"", "no wait", "short wait", "no commit", "no barrier after wait",
+    "overwritten stage", "misaligned row", "misaligned copy", "row not shared", "half a warp", "copy beyond"};
+  const int found = position(names, name);
+  const auto run = [&](auto kind) {
+    using T = decltype(kind);
+    launch("product_fault", product_kernel<T>, dim3(1), 64, sizeof(T) * 2 * (32 + 16) * 16, 0, (const T*)a,
+           (const T*)b, (float*)c, int(depth), a_turned, b_turned, plain, found);
+  };
+  if (dtype == 1)
+    run(bf16());
+  else
+    run(f16());
 }
 
 }  // namespace cuda

@@ -6,6 +6,10 @@ namespace cuda {
 
 // Reverses each block of 64 floats of x into y, with a fault by name ("" for none).
 void fault(const char* name, uintptr_t x, uintptr_t y, int64_t count);
+// c (32, 16) fp32 = a (32, K) b (K, 16), stored (K, 32) where a_turned, and (16, K) where not b_turned; K is a
+// multiple of 8 where it is contiguous. plain: fragments by single loads instead of ldmatrix.
+void product_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int64_t depth, bool a_turned,
+                   bool b_turned, bool plain, int dtype);
 
 }  // namespace cuda
 }  // namespace gpt2fast
