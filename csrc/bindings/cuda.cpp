@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "adamw/adamw_cuda.h"
+#include "attention/attention_cuda.h"
 #include "cross_entropy/cross_entropy_cuda.h"
 #include "embedding/embedding_cuda.h"
 #include "gelu/gelu_cuda.h"
@@ -28,6 +29,8 @@ PYBIND11_MODULE(_cuda, module) {
   BIND(cross_entropy_backward);
   BIND(gelu_forward);
   BIND(gelu_backward);
+  BIND(attention_forward);
+  BIND(attention_backward);
   BIND(embedding_forward);
   BIND(embedding_keys);
   BIND(embedding_tokens);
