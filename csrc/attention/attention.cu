@@ -335,7 +335,7 @@ __device__ __forceinline__ void gather(float (&dq)[S::M][WIDTH / 8][4], const Qu
                                        Tile<T, S::COLUMNS, WIDTH>& k, Tile<T, S::COLUMNS, WIDTH>& v, int row, int start,
                                        float scale, const Place& place, const Problem& problem) {
   constexpr int M = S::M;
-#pragma unroll
+#pragma unroll 1  // more would spill
   for (int part = 0; part < S::COLUMNS; part += 16) {
     const int column = start + part + threadIdx.x % 4 * 2;
     float s[M][2][4], dp[M][2][4];
@@ -496,7 +496,7 @@ __device__ __forceinline__ void scatter(float (&dk)[S::M][WIDTH / 8][4], float (
                                         DkvShared<T, WIDTH, S, DROPOUT>& shared, int turn, int own, int row, int start,
                                         float scale, const Place& place, const Problem& problem) {
   constexpr int M = S::M;
-#pragma unroll
+#pragma unroll 1  // more would spill
   for (int part = 0; part < S::COLUMNS; part += 16) {
     const int column = part + threadIdx.x % 4 * 2;
     float s[M][2][4], dp[M][2][4];
@@ -649,16 +649,16 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
 
 // ---- choosing ------------------------------------------------------------------------------------------
 
-template <int WIDTH>
-struct Shapes;
-template <>
-struct Shapes<64> {
-  using Forward = Shape<2, 64, 2>;
+// By benchmarks/cuda_report: the most rows a warp whose accumulators and fragments fit 255 registers, so that each
+// fragment read from shared memory serves two products. Dropout takes registers for its hash.
+template <int WIDTH, bool DROPOUT>
+struct Shapes {
+  using Forward = Shape<2, DROPOUT ? 32 : 64, 2>;
   using Dq = Shape<2, 64, 2>;
   using Dkv = Shape<2, 64, 2>;
 };
-template <>
-struct Shapes<128> {
+template <bool DROPOUT>
+struct Shapes<128, DROPOUT> {
   using Forward = Shape<1, 64, 2>;
   using Dq = Shape<1, 32, 2>;
   using Dkv = Shape<1, 32, 2>;
@@ -724,7 +724,7 @@ void attention_forward(uintptr_t q, i64 q_b, i64 q_t, i64 q_h, uintptr_t k, i64 
     using T = decltype(kind);
     constexpr int WIDTH = decltype(width)::value;
     constexpr bool DROPOUT = decltype(dropout)::value;
-    using S = typename Shapes<WIDTH>::Forward;
+    using S = typename Shapes<WIDTH, DROPOUT>::Forward;
     const Schedule s = schedule(queries, S::ROWS, keys, problem.size, sizeof(T));
     launch("attention_forward", forward_kernel<T, WIDTH, S, DROPOUT>, grid_of(problem, s), THREADS,
            sizeof(ForwardShared<T, WIDTH, S>), stream, typed<T>(tensors), problem, s);
@@ -761,11 +761,11 @@ void attention_backward(uintptr_t dout, i64 dout_b, i64 dout_t, i64 dout_h, uint
     constexpr int WIDTH = decltype(width)::value;
     constexpr bool DROPOUT = decltype(dropout)::value;
     const Backward<T> t = typed<T>(tensors);
-    using Dq = typename Shapes<WIDTH>::Dq;
+    using Dq = typename Shapes<WIDTH, DROPOUT>::Dq;
     const Schedule by_queries = schedule(queries, Dq::ROWS, keys, problem.size, sizeof(T));
     launch(op, dq_kernel<T, WIDTH, Dq, DROPOUT>, grid_of(problem, by_queries), THREADS,
            sizeof(DqShared<T, WIDTH, Dq>), stream, t, problem, by_queries);  // first: it writes delta
-    using Dkv = typename Shapes<WIDTH>::Dkv;
+    using Dkv = typename Shapes<WIDTH, DROPOUT>::Dkv;
     const Schedule by_keys = schedule(keys, Dkv::ROWS, queries, problem.size, sizeof(T));
     launch(op, dkv_kernel<T, WIDTH, Dkv, DROPOUT>, grid_of(problem, by_keys), THREADS,
            sizeof(DkvShared<T, WIDTH, Dkv, DROPOUT>), stream, t, problem, by_keys);

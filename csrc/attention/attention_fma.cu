@@ -35,13 +35,11 @@ struct Fma {
     }
   }
 
-  // s[m][n] = a[row] . b[column], added up from the first to the last.
+  // s[m][n] = a[row] . b[column], added up from the first to the last. (Sums of its own, here and below: what a
+  // function gets by reference is memory to the emulator, which checks every access.)
   static __device__ void scores(float (&s)[M][M], Rows& a, Rows& b, int size) {
     const int x = threadIdx.x % SIDE, y = threadIdx.x / SIDE;
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int n = 0; n < M; ++n) s[m][n] = 0;
+    float sum[M][M] = {};
     for (int chunk = 0; chunk * 4 < size; ++chunk) {
       Quad left[M], right[M];
 #pragma unroll
@@ -54,8 +52,9 @@ struct Fma {
 #pragma unroll
         for (int n = 0; n < M; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) s[m][n] = fmaf(left[m].at[i], right[n].at[i], s[m][n]);
+          for (int i = 0; i < 4; ++i) sum[m][n] = fmaf(left[m].at[i], right[n].at[i], sum[m][n]);
     }
+    memcpy(s, sum, sizeof sum);
   }
 
   // result += p b, where p is what the threads of a warp leave in `room`, for rows of their own.
@@ -70,6 +69,8 @@ struct Fma {
         room.at(y + SIDE * m, column / 4)[column % 4] = p[m][n];
       }
     __syncwarp();
+    Result sum;
+    memcpy(sum, result, sizeof sum);
     for (int chunk = 0; chunk < ROWS / 4; ++chunk) {
       Quad left[M];
 #pragma unroll
@@ -82,9 +83,10 @@ struct Fma {
 #pragma unroll
           for (int m = 0; m < M; ++m)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) result[m][part][j] = fmaf(left[m].at[i], right.at[j], result[m][part][j]);
+            for (int j = 0; j < 4; ++j) sum[m][part][j] = fmaf(left[m].at[i], right.at[j], sum[m][part][j]);
         }
     }
+    memcpy(result, sum, sizeof sum);
   }
 
   static __device__ void clear(Result& result) {
