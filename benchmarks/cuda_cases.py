@@ -69,6 +69,25 @@ def adamw(width: int, dtype: torch.dtype) -> None:
     backend.global_norm([p])
 
 
+HEADS = {"gpt2": 12, "gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25}
+
+
+def attention(heads: int, dtype: torch.dtype, size: int = 64) -> None:
+    """A batch with its packed qkv and the same as documents, each with dropout and without."""
+    backend = load("attention", "cuda")
+    qkv, seed = empty(64, 1024, 3, heads, size, dtype=dtype), empty(dtype=torch.int64)
+    starts = empty(65, dtype=torch.int32)
+    for dropout, word in ((0.0, None), (0.1, seed)):
+        q, k, v = qkv.unbind(2)
+        options = (0, 0.125, dropout, word)
+        out, lse = backend.forward(q, k, v, *options)
+        backend.backward(out, q, k, v, out, lse, q, k, v, *options)
+        q, k, v = qkv.flatten(0, 1).unbind(1)
+        longest = (starts, starts, 1024, 1024, True, 0.125, dropout, word)
+        out, lse = backend.varlen_forward(q, k, v, *longest)
+        backend.varlen_backward(out, q, k, v, out, lse, q, k, v, *longest)
+
+
 for _dtype in (BF16, FP32):
     _name = str(_dtype).removeprefix("torch.")
     for _size, _width in WIDTHS.items():
@@ -76,6 +95,10 @@ for _dtype in (BF16, FP32):
             CASES[f"{_op.__name__} {_size} {_name}"] = lambda op=_op, width=_width, dtype=_dtype: (
                 op(width, dtype)
             )
+    for _size, _heads in HEADS.items():
+        CASES[f"attention {_size} {_name}"] = lambda heads=_heads, dtype=_dtype: (
+            attention(heads, dtype)
+        )
     for _columns in (50257, 50304):
         CASES[f"cross_entropy {_columns} {_name}"] = lambda columns=_columns, dtype=_dtype: (
             cross_entropy(columns, dtype)
