@@ -96,8 +96,8 @@ for _dtype in (BF16, FP32):
                 op(width, dtype)
             )
     for _size, _heads in HEADS.items():
-        CASES[f"attention {_size} {_name}"] = lambda heads=_heads, dtype=_dtype: (
-            attention(heads, dtype)
+        CASES[f"attention {_size} {_name}"] = lambda heads=_heads, dtype=_dtype: attention(
+            heads, dtype
         )
     for _columns in (50257, 50304):
         CASES[f"cross_entropy {_columns} {_name}"] = lambda columns=_columns, dtype=_dtype: (
