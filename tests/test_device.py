@@ -1,6 +1,6 @@
 """On a GPU only: real shapes, offsets beyond 2^31, CUDA graphs, determinism, no synchronisation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,12 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2fast import GPT, GPTConfig, functional
+from gpt2fast import GPT, GPTConfig, functional, use_backend
+from gpt2fast.backends import status
 from tests.ops.numerics import compare
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=("triton", "cuda"), autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs on either set of kernels."""
+    if not (found := status(request.param)).available:
+        pytest.skip(found.detail)
+    with use_backend(request.param):
+        yield request.param
 
 
 def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -155,19 +165,17 @@ def test_attention_at_real_lengths(length: int) -> None:
         compare(name, our, their, true)
 
 
-def test_model_step_close_to_reference() -> None:
-    """One step of a small GPT-2 in bf16 autocast: the loss falls as on plain PyTorch."""
-    import gpt2fast
-
+def test_model_step_close_to_reference(kernels: str) -> None:
+    """Steps of a small GPT-2 in bf16 autocast: the loss falls as on plain PyTorch."""
     config = GPTConfig(n_layer=2, n_head=4, n_embd=256, vocab_size=5000, block_size=256)
     idx = randint(5000, 4, 256)
     curves = []
-    for backend, precise in (("triton", False), ("reference", False), ("reference", True)):
+    for backend, precise in ((kernels, False), ("reference", False), ("reference", True)):
         torch.manual_seed(0)
         model = GPT(config).cuda()
         optimizer = model.configure_optimizer(lr=1e-3, max_norm=1.0)
         losses = []
-        with gpt2fast.use_backend(backend):
+        with use_backend(backend):
             for _ in range(20):
                 with torch.autocast("cuda", dtype=BF16, enabled=not precise):
                     _, loss = model(idx, idx)
