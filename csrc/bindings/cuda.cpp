@@ -6,6 +6,7 @@
 #include "cross_entropy/cross_entropy_cuda.h"
 #include "embedding/embedding_cuda.h"
 #include "gelu/gelu_cuda.h"
+#include "gelu_mlp/gelu_mlp_cuda.h"
 #include "layer_norm/layer_norm_cuda.h"
 
 #ifdef GPT2FAST_EMULATED
@@ -28,6 +29,9 @@ PYBIND11_MODULE(_cuda, module) {
   BIND(cross_entropy_backward);
   BIND(gelu_forward);
   BIND(gelu_backward);
+  BIND(gelu_product_forward);
+  BIND(gelu_product_backward);
+  BIND(column_sum);
   BIND(embedding_forward);
   BIND(embedding_keys);
   BIND(embedding_tokens);
