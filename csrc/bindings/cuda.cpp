@@ -8,6 +8,7 @@
 #include "gelu/gelu_cuda.h"
 #include "gelu_mlp/gelu_mlp_cuda.h"
 #include "layer_norm/layer_norm_cuda.h"
+#include "linear_cross_entropy/linear_cross_entropy_cuda.h"
 
 #ifdef GPT2FAST_EMULATED
 #include "testing/bindings.inc"
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_cuda, module) {
   BIND(cross_entropy_reduce);
   BIND(cross_entropy_forward);
   BIND(cross_entropy_backward);
+  BIND(scale);
   BIND(gelu_forward);
   BIND(gelu_backward);
   BIND(gelu_product_forward);
