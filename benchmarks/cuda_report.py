@@ -168,7 +168,8 @@ def markdown(rows: list[Row]) -> str:
         "",
         "Warps: resident on a multiprocessor at once, of 64. 16-byte: global loads and stores of 16"
         " bytes a thread in the machine code, and narrower ones (statistics, edges of rows that do"
-        " not start on 16 bytes, partial sums). Tensor cores: their instructions. Spills are bytes of stack; any makes the command fail.",
+        " not start on 16 bytes, partial sums). Tensor cores: their instructions. Spills are bytes"
+        " of stack; any makes the command fail.",
     ]
     for arch in sorted({row.arch for row in rows}):
         lines += [
