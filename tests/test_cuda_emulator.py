@@ -127,55 +127,6 @@ def test_faults_of_products_are_found(fault: str, backwards: bool) -> None:
     product()  # the next launch is not harmed
 
 
-WARPGROUP_FAULTS = {
-    "no proxy fence": r"product of what thread \d+ wrote without a fence between proxies",
-    "no barrier after copy": "read of shared memory that was not written|race: read",
-    "operands in flight": r"read of what thread \d+ copies asynchronously",
-    "not committed": "product that was not committed",
-    "changed operands": "operands of a product changed before it was waited for",
-}
-
-
-def warpgroup(
-    fault: str = "",
-    *,
-    turned: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    backwards: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernel and what PyTorch make of a (64, 128) times b (128, 128)."""
-    kernels = cuda_emulator.load()
-    a, b = torch.randn(64, 128).to(dtype), torch.randn(128, 128).to(dtype)
-    c = torch.full((64, 128), torch.nan)
-    tensors = (a, b if turned else b.t().contiguous(), c)
-    kernels.know([(t.data_ptr(), t.nbytes, t.element_size()) for t in tensors])
-    kernels.options(reversed=backwards)
-    try:
-        addresses = (t.data_ptr() for t in tensors)
-        kernels.warpgroup_fault(fault, *addresses, 128, turned, DTYPE_CODES[dtype])
-    finally:
-        kernels.options()
-    return c, a.double() @ b.double()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("turned", [False, True])
-def test_warpgroup_product(turned: bool, dtype: torch.dtype) -> None:
-    for backwards in (False, True):
-        found, expected = warpgroup(turned=turned, dtype=dtype, backwards=backwards)
-        bound = 128 * torch.finfo(torch.float32).eps * expected.abs().max() * 128**0.5
-        assert (found - expected).abs().max() < bound
-
-
-@pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("fault", WARPGROUP_FAULTS)
-def test_faults_of_warpgroups_are_found(fault: str, backwards: bool) -> None:
-    message = rf"(?s)gpt2fast CUDA kernel warpgroup_fault: .*({WARPGROUP_FAULTS[fault]})"
-    with pytest.raises(RuntimeError, match=message):
-        warpgroup(fault, backwards=backwards)
-    warpgroup()  # the next launch is not harmed
-
-
 def test_an_op_without_cuda_kernels_says_so() -> None:
     cuda_emulator.load()
     q = torch.randn(1, 4, 2, 16)

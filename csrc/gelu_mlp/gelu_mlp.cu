@@ -1,5 +1,4 @@
-// The two products of GPT-2's MLP that have the GELU beside them, on the tensor cores: wgmma on Hopper, mma.sync
-// on other GPUs.
+// The two products of GPT-2's MLP that have the GELU beside them, on the tensor cores (mma.sync).
 //
 //   forward   h = x W^T,  activation = gelu(h + b)
 //   backward  dh = (dy V) gelu'(h + b),  activation = gelu(h + b) again,  db = sum over rows of dh
@@ -8,16 +7,14 @@
 //             its weight; h, activation and dh (R, H) contiguous. bf16 or fp16, rows a multiple of 16 bytes.
 //   moves     forward reads a and b and writes h and activation; backward reads a, b and h and writes dh and
 //             activation, and a line of H partial sums for each 128 rows. 2 R K H FLOPs.
-//   work      a block of four warps has 128 x 128 of the output in fp32 accumulators, which bias and GELU see
-//             unrounded. Stages of K come by asynchronous copies while others are multiplied: four of 32 for
-//             mma.sync, where a warp has 64 x 64, three of 64 for wgmma, where the warps together have 64 x 128
-//             twice. Two blocks share a multiprocessor, so that one multiplies while the other is at its
-//             epilogue. There the tiles go through the stages' shared memory, so that global memory sees whole
-//             lines. Blocks that run together share their operands in L2: 8 rows of tiles before the next
-//             column of them.
+//   work      a block of four warps has 128 x 128 of the output, a warp 64 x 64, in fp32 accumulators that bias
+//             and GELU see unrounded. Four stages of 32 of K come by asynchronous copies; while one is
+//             multiplied, three are on their way. Two blocks share a multiprocessor, so that one multiplies
+//             while the other is at its epilogue. There the tiles go through the stages' shared memory, so
+//             that global memory sees whole lines. Blocks that run together share their operands in L2: 8
+//             rows of tiles before the next column of them.
 //   shared    16-byte pieces of a row are permuted by the row's number: eight rows that ldmatrix reads at once
-//             lie in different banks, and so do the eight that a store of accumulators meets. In rows of 128
-//             bytes it is the permutation that wgmma knows.
+//             lie in different banks, and so do the eight that a store of accumulators meets.
 //   bits      sums over rows are added in one fixed order: the same inputs give the same bits.
 #include "gelu_mlp/gelu_mlp_cuda.h"
 
@@ -26,13 +23,13 @@
 #include "common/mma.h"
 #include "common/parameter.h"
 #include "common/partial_sums.h"
-#include "common/wgmma.h"
 
 namespace gpt2fast {
 namespace cuda {
 
-constexpr int TILE = 128, GROUP = 8, PRODUCT_THREADS = 128;
+constexpr int TILE = 128, DEPTH = 32, STAGES = 4, GROUP = 8, PRODUCT_THREADS = 128;
 constexpr int PIECE = 8;  // elements of 16 bytes
+constexpr int WARP_TILE = TILE / 2, ACROSS = WARP_TILE / 8, DOWN = WARP_TILE / 16;
 
 // Where the piece of (row, column) lies in a tile of rows of COLUMNS elements.
 template <int COLUMNS>
@@ -57,28 +54,15 @@ __device__ __forceinline__ void fetch(T* tile, const T* from, i64 stride, int to
   }
 }
 
-template <class T, int DEPTH, int STAGES>
-struct alignas(1024) ProductShared {
+template <class T>
+struct alignas(128) ProductShared {
   union {
     struct {
       T a[TILE * DEPTH], b[TILE * DEPTH];
     } stages[STAGES];
     T tiles[2][TILE * TILE];
   };
-  float sums[4][TILE];
-};
-
-// The tile of a block: where it begins, and which line of tiles it is in.
-struct Tile {
-  int line, top, left;
-  __device__ Tile(int height, int width) {
-    const int across = (width + TILE - 1) / TILE, down = (height + TILE - 1) / TILE;
-    const int group = int(blockIdx.x) / (GROUP * across), within = int(blockIdx.x) % (GROUP * across);
-    const int tall = min(down - group * GROUP, GROUP);
-    line = group * GROUP + within % tall;
-    top = line * TILE;
-    left = within / tall * TILE;
-  }
+  float sums[2][TILE];
 };
 
 // What the epilogue has: h is written by the forward and read by the backward. Absent tensors are null.
@@ -102,95 +86,27 @@ __device__ __forceinline__ void write_tile(const T* tile, T* to, int top, int le
                    load_vector<false, Vector<T, PIECE>>(tile + swizzled<TILE>(row, column)));
 }
 
-// Bias, GELU and stores of a tile, when its stages are free. A warp has DOWN x ACROSS fragments of 16 x 8, from row
-// `warp_top` on, ROW_STEP rows apart, and from column `warp_left` on. Its sums are in line `sum_line` of LINES.
-template <bool BACKWARD, int ROW_STEP, int LINES, class T, class Shared, int DOWN, int ACROSS>
-__device__ __forceinline__ void finish(Shared& shared, float (&sums)[DOWN][ACROSS][4], const Epilogue<T>& out,
-                                       const Tile& tile, int warp_top, int warp_left, int sum_line, int height,
-                                       int width) {
-  const int lane = threadIdx.x % WARP, top = tile.top, left = tile.left;
-  T *first = shared.tiles[0], *second = shared.tiles[1];
-  if (BACKWARD) {
-    fetch<TILE, TILE>(first, (const T*)out.h, width, top, left, height, width);
-    copy_async_commit();
-    copy_async_wait<0>();
-    __syncthreads();
-  }
-#pragma unroll
-  for (int j = 0; j < ACROSS; ++j) {
-    const int column = warp_left + j * 8 + lane % 4 * 2;
-    float bias[2] = {0, 0}, total[2] = {0, 0};
-    if (left + column < width) load_parameter<T>(out.bias, left + column, 0.0f, bias);
-#pragma unroll
-    for (int i = 0; i < DOWN; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int place = swizzled<TILE>(warp_top + i * ROW_STEP + lane / 4 + half * 8, column) + column % PIECE;
-        uint32_t& low = *reinterpret_cast<uint32_t*>(first + place);
-        uint32_t& high = *reinterpret_cast<uint32_t*>(second + place);
-        float* c = sums[i][j] + 2 * half;
-        float z[2], value[2], slope[2];
-        if (BACKWARD) {
-          unpack<T>(low, z[0], z[1]);
-        } else {
-          low = pack<T>(c[0], c[1]);
-          z[0] = c[0];
-          z[1] = c[1];
-        }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          value[e] = gelu_and_slope(z[e] + bias[e], slope[e]);
-          if (BACKWARD) total[e] += c[e] *= slope[e];
-        }
-        if (BACKWARD) low = pack<T>(c[0], c[1]);
-        high = pack<T>(value[0], value[1]);
-      }
-    if (BACKWARD) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-#pragma unroll
-        for (int step = 4; step < WARP; step *= 2) total[e] += __shfl_xor_sync(ALL, total[e], step);
-        if (lane < 4) shared.sums[sum_line][column + e] = total[e];
-      }
-    }
-  }
-  __syncthreads();
-  T* const linear = BACKWARD ? out.dh : out.h;
-  if (linear) write_tile(first, linear, top, left, height, width);
-  if (out.activation) write_tile(second, out.activation, top, left, height, width);
-  const int column = left + threadIdx.x;
-  if (BACKWARD && out.partials && column < width) {
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < LINES; ++i) total += shared.sums[i][threadIdx.x];
-    out.partials[i64(tile.line) * width + column] = total;
-  }
-}
-
-// ---- mma.sync --------------------------------------------------------------------------------------------
-
-constexpr int WARP_DEPTH = 32, WARP_STAGES = 4;
-
 template <class T, bool B_TURNED, bool BACKWARD>
 __global__ void __launch_bounds__(PRODUCT_THREADS, 2)
     gelu_product_kernel(const T* a, i64 a_stride, const T* b, i64 b_stride, Epilogue<T> out, int height, int width,
                         int depth) {
-  constexpr int DEPTH = WARP_DEPTH, STAGES = WARP_STAGES;
-  constexpr int WARP_TILE = TILE / 2, ACROSS = WARP_TILE / 8, DOWN = WARP_TILE / 16;
-  auto& shared = shared_memory<ProductShared<T, DEPTH, STAGES>>();
+  ProductShared<T>& shared = shared_memory<ProductShared<T>>();
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int warp_top = warp / 2 * WARP_TILE, warp_left = warp % 2 * WARP_TILE;
-  const Tile tile(height, width);
+  const int across = (width + TILE - 1) / TILE, down = (height + TILE - 1) / TILE;
+  const int group = int(blockIdx.x) / (GROUP * across), within = int(blockIdx.x) % (GROUP * across);
+  const int tall = min(down - group * GROUP, GROUP);
+  const int line = group * GROUP + within % tall, top = line * TILE, left = within / tall * TILE;
 
   const auto stage = [&](int number) {
     const int k = number * DEPTH;
     if (k < depth) {
       auto& to = shared.stages[number % STAGES];
-      fetch<TILE, DEPTH>(to.a, a, a_stride, tile.top, k, height, depth);
+      fetch<TILE, DEPTH>(to.a, a, a_stride, top, k, height, depth);
       if (B_TURNED)
-        fetch<DEPTH, TILE>(to.b, b, b_stride, k, tile.left, depth, width);
+        fetch<DEPTH, TILE>(to.b, b, b_stride, k, left, depth, width);
       else
-        fetch<TILE, DEPTH>(to.b, b, b_stride, tile.left, k, width, depth);
+        fetch<TILE, DEPTH>(to.b, b, b_stride, left, k, width, depth);
     }
     copy_async_commit();
   };
@@ -230,108 +146,96 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 2)
         for (int j = 0; j < ACROSS; ++j) mma<T>(sums[i][j], x[i], y[j / 2][j % 2 * 2], y[j / 2][j % 2 * 2 + 1]);
     }
   }
+
+  T *first = shared.tiles[0], *second = shared.tiles[1];
   copy_async_wait<0>();
   __syncthreads();  // the stages are free
-  finish<BACKWARD, 16, 2>(shared, sums, out, tile, warp_top, warp_left, warp / 2, height, width);
-}
-
-// ---- wgmma -------------------------------------------------------------------------------------------------
-
-constexpr int WGMMA_DEPTH = 64, WGMMA_STAGES = 3;
-
-template <class T, bool B_TURNED, bool BACKWARD>
-__global__ void __launch_bounds__(PRODUCT_THREADS, 2)
-    gelu_wgmma_kernel(const T* a, i64 a_stride, const T* b, i64 b_stride, Epilogue<T> out, int height, int width,
-                      int depth) {
-#ifdef GPT2FAST_WGMMA
-  constexpr int DEPTH = WGMMA_DEPTH, STAGES = WGMMA_STAGES, DOWN = 2, ACROSS = TILE / 8;
-  auto& shared = shared_memory<ProductShared<T, DEPTH, STAGES>>();
-  const int warp = threadIdx.x / WARP;
-  const Tile tile(height, width);
-
-  const auto stage = [&](int number) {
-    const int k = number * DEPTH;
-    if (k < depth) {
-      auto& to = shared.stages[number % STAGES];
-      fetch<TILE, DEPTH>(to.a, a, a_stride, tile.top, k, height, depth);
-      if (B_TURNED) {
+  if (BACKWARD) {
+    fetch<TILE, TILE>(first, (const T*)out.h, width, top, left, height, width);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+  }
 #pragma unroll
-        for (int part = 0; part < TILE / 64; ++part)
-          fetch<DEPTH, 64>(to.b + part * DEPTH * 64, b, b_stride, k, tile.left + part * 64, depth, width);
-      } else {
-        fetch<TILE, DEPTH>(to.b, b, b_stride, tile.left, k, width, depth);
+  for (int j = 0; j < ACROSS; ++j) {
+    const int column = warp_left + j * 8 + lane % 4 * 2;
+    float bias[2] = {0, 0}, total[2] = {0, 0};
+    if (left + column < width) load_parameter<T>(out.bias, left + column, 0.0f, bias);
+#pragma unroll
+    for (int i = 0; i < DOWN; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int place = swizzled<TILE>(warp_top + i * 16 + lane / 4 + half * 8, column) + column % PIECE;
+        uint32_t& low = *reinterpret_cast<uint32_t*>(first + place);
+        uint32_t& high = *reinterpret_cast<uint32_t*>(second + place);
+        float* c = sums[i][j] + 2 * half;
+        float z[2], value[2], slope[2];
+        if (BACKWARD) {
+          unpack<T>(low, z[0], z[1]);
+        } else {
+          low = pack<T>(c[0], c[1]);
+          z[0] = c[0];
+          z[1] = c[1];
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          value[e] = gelu_and_slope(z[e] + bias[e], slope[e]);
+          if (BACKWARD) total[e] += c[e] *= slope[e];
+        }
+        if (BACKWARD) low = pack<T>(c[0], c[1]);
+        high = pack<T>(value[0], value[1]);
+      }
+    if (BACKWARD) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+#pragma unroll
+        for (int step = 4; step < WARP; step *= 2) total[e] += __shfl_xor_sync(ALL, total[e], step);
+        if (lane < 4) shared.sums[warp / 2][column + e] = total[e];
       }
     }
-    copy_async_commit();
-  };
-
-  float sums[DOWN][ACROSS * 4];
-#pragma unroll
-  for (int i = 0; i < DOWN; ++i)
-#pragma unroll
-    for (int j = 0; j < ACROSS * 4; ++j) sums[i][j] = 0;
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) stage(i);
-  const int steps = (depth + DEPTH - 1) / DEPTH;
-  for (int step = 0; step < steps; ++step) {
-    copy_async_wait<STAGES - 2>();
-    wgmma_proxy_fence();
-    __syncthreads();  // all have seen this stage come, and all have left the one that is filled next
-    const auto& from = shared.stages[step % STAGES];
-    wgmma_begin(sums);
-#pragma unroll
-    for (int k = 0; k < DEPTH; k += 16) {
-      const uint64_t right =
-          B_TURNED ? wgmma_tile(from.b + k * 64, DEPTH * 64 * sizeof(T)) : wgmma_tile(from.b + k);
-#pragma unroll
-      for (int i = 0; i < DOWN; ++i) wgmma<T, B_TURNED>(sums[i], wgmma_tile(from.a + i * 64 * DEPTH + k), right);
-    }
-    wgmma_commit();
-    stage(step + STAGES - 1);  // meanwhile
-    wgmma_wait(sums);
   }
-  copy_async_wait<0>();
-  __syncthreads();  // the stages are free
-  finish<BACKWARD, 64, 4>(shared, reinterpret_cast<float(&)[DOWN][ACROSS][4]>(sums), out, tile, warp * 16, 0, warp,
-                          height, width);
-#endif
+  __syncthreads();
+  T* const linear = BACKWARD ? out.dh : out.h;
+  if (linear) write_tile(first, linear, top, left, height, width);
+  if (out.activation) write_tile(second, out.activation, top, left, height, width);
+  const int column = left + threadIdx.x;
+  if (BACKWARD && out.partials && column < width)
+    out.partials[i64(line) * width + column] = shared.sums[0][threadIdx.x] + shared.sums[1][threadIdx.x];
 }
 
 template <bool BACKWARD>
 static void gelu_product(const char* op, uintptr_t a, i64 a_stride, uintptr_t b, i64 b_stride, bool b_turned,
                          Parameter bias, uintptr_t h, uintptr_t activation, uintptr_t dh, uintptr_t partials, i64 rows,
-                         i64 columns, i64 depth, int dtype, bool hopper, uintptr_t stream) {
+                         i64 columns, i64 depth, int dtype, uintptr_t stream) {
   const unsigned tiles = unsigned(ceil_div(rows, TILE) * ceil_div(columns, TILE));
   with_half_dtype(dtype, [&](auto kind) {
     using T = decltype(kind);
-    const auto run = [&](auto kernel, size_t shared) {
-      launch(op, kernel, dim3(tiles), PRODUCT_THREADS, shared, stream, (const T*)a, a_stride,
+    const auto run = [&](auto kernel) {
+      launch(op, kernel, dim3(tiles), PRODUCT_THREADS, sizeof(ProductShared<T>), stream, (const T*)a, a_stride,
              (const T*)b, b_stride, Epilogue<T>{bias, (T*)h, (T*)activation, (T*)dh, (float*)partials}, int(rows),
              int(columns), int(depth));
     };
-    constexpr size_t small = sizeof(ProductShared<T, WARP_DEPTH, WARP_STAGES>);
-    constexpr size_t large = sizeof(ProductShared<T, WGMMA_DEPTH, WGMMA_STAGES>);
-    if (hopper)
-      run(b_turned ? gelu_wgmma_kernel<T, true, BACKWARD> : gelu_wgmma_kernel<T, false, BACKWARD>, large);
+    if (b_turned)
+      run(gelu_product_kernel<T, true, BACKWARD>);
     else
-      run(b_turned ? gelu_product_kernel<T, true, BACKWARD> : gelu_product_kernel<T, false, BACKWARD>, small);
+      run(gelu_product_kernel<T, false, BACKWARD>);
   });
 }
 
 void gelu_product_forward(uintptr_t a, i64 a_stride, uintptr_t b, i64 b_stride, bool b_turned, uintptr_t bias,
                           bool bias_wide, uintptr_t h, uintptr_t activation, i64 rows, i64 columns, i64 depth,
-                          int dtype, bool hopper, uintptr_t stream) {
+                          int dtype, uintptr_t stream) {
   gelu_product<false>("gelu_product_forward", a, a_stride, b, b_stride, b_turned,
                       Parameter{(const void*)bias, bias_wide}, h, activation, 0, 0, rows, columns, depth, dtype,
-                      hopper, stream);
+                      stream);
 }
 
 void gelu_product_backward(uintptr_t a, i64 a_stride, uintptr_t b, i64 b_stride, bool b_turned, uintptr_t bias,
                            bool bias_wide, uintptr_t h, uintptr_t activation, uintptr_t dh, uintptr_t dbias,
-                           uintptr_t partials, i64 rows, i64 columns, i64 depth, int dtype, bool hopper, uintptr_t stream) {
+                           uintptr_t partials, i64 rows, i64 columns, i64 depth, int dtype, uintptr_t stream) {
   gelu_product<true>("gelu_product_backward", a, a_stride, b, b_stride, b_turned,
                      Parameter{(const void*)bias, bias_wide}, h, activation, dh, partials, rows, columns, depth, dtype,
-                     hopper, stream);
+                     stream);
   if (partials)
     sum_partials("gelu_product_backward", (const float*)partials, ceil_div(rows, TILE), columns, (float*)dbias,
                  nullptr, columns, stream);

@@ -36,19 +36,10 @@ struct Copy {
   unsigned group;
 };
 
-// A product of a warpgroup that its warp has not waited for.
-struct Product {
-  float* d;
-  uint64_t a, b;
-  bool b_turned, is_bf16, committed;
-};
-
 struct Fiber {
   Thread thread;
   std::vector<Copy> copies;
   unsigned group;  // of copies, which is not committed yet
-  std::vector<Product> products;
-  uint16_t fences;
   State state;
   const void* where;  // it waits
   int line;
@@ -112,8 +103,6 @@ static void fiber_main() {
 static void prepare(int i) {
   fibers[i].copies.clear();
   fibers[i].group = 0;
-  fibers[i].products.clear();
-  fibers[i].fences = 0;
   char* stack = stacks + i * STACK;
 #if defined(__x86_64__)
   uint64_t* top = (uint64_t*)(stack + STACK - 64);
@@ -172,7 +161,6 @@ static void* lazy_memory(size_t bytes) {
 struct Touch {
   uint32_t write_phase, read_phase;
   uint16_t writer, write_step, reader, read_step;
-  uint16_t write_fence;  // how many fences between proxies the writer had passed
 };
 static constexpr uint16_t SEVERAL = 0x8000, ATOMIC = 0x4000, OTHER_BLOCK = 0x2000, IN_FLIGHT = 0x1000;
 static constexpr uint16_t NEVER = 0xffff;  // a step that no barrier of the warp ends
@@ -245,7 +233,6 @@ static void touch(Region& region, uintptr_t place, size_t bytes, bool write, boo
       t.write_phase = phase;
       t.writer = uint16_t(me | (atomic ? ATOMIC : 0));
       t.write_step = step;
-      t.write_fence = fibers[me].fences;
     } else {
       const int other = t.reader & 0x3ff;
       if (t.read_phase != phase) {
@@ -468,89 +455,6 @@ void copy_async_wait(int groups, const void* caller) {
   mine.copies.erase(std::remove_if(mine.copies.begin(), mine.copies.end(), arrived), mine.copies.end());
 }
 
-uint32_t shared_address(const void* place) { return uint32_t((uintptr_t)place - shared_region.begin); }
-
-void proxy_fence() { ++fibers[me].fences; }
-
-// Where an operand's element of row `line` (of A's rows or B's columns) and k lies; turned: K runs down the rows.
-static size_t operand_place(uint64_t tile, int line, int k, bool turned) {
-  const size_t between = (tile >> 16 & 0x3fff) << 4, group = (tile >> 32 & 0x3fff) << 4;
-  size_t place = (tile & 0x3fff) << 4;
-  place += turned ? line / 64 * between + k / 8 * group + k % 8 * 128 + line % 64 * 2
-                  : line / 8 * group + line % 8 * 128 + k * 2;
-  return place ^ (place >> 3 & 0x70);
-}
-
-// What a warp's part of a product reads: 16 rows of A, all of B.
-struct Operands {
-  uint16_t a[16][16], b[128][16];
-};
-static Operands operands_of(const Product& product, bool first, const void* caller) {
-  Operands found;
-  const auto read = [&](size_t place) {
-    uint16_t bits = 0;
-    if (place + 2 > shared_bytes) {
-      complain("operand of a product beyond shared memory", caller);
-      return bits;
-    }
-    Touch& t = shared_region.touches[place / 2];
-    if (first) check(shared + place, 2, false, false, caller);
-    if (first && fibers[t.writer & 0x3ff].fences == t.write_fence)
-      complain("product of what thread " + std::to_string(t.writer & 0x3ff) + " wrote without a fence between proxies", caller);
-    if (!first && t.writer & IN_FLIGHT) complain("asynchronous copy over operands of a product in flight", caller);
-    memcpy(&bits, shared + place, 2);
-    return bits;
-  };
-  for (int k = 0; k < 16; ++k) {
-    for (int row = 0; row < 16; ++row) found.a[row][k] = read(operand_place(product.a, me / 32 % 4 * 16 + row, k, false));
-    for (int column = 0; column < 128; ++column) found.b[column][k] = read(operand_place(product.b, column, k, product.b_turned));
-  }
-  return found;
-}
-
-static std::vector<Operands> started[MAX_THREADS / 32];  // by warp
-
-void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool b_turned, bool is_bf16, int line, const void* caller) {
-  Product mine{d, a, b, b_turned, is_bf16, false};
-  fibers[me].products.push_back(mine);
-  whole_warp(mine, line, caller, [&](Product** lanes) {
-    for (int l = 1; l < 32; ++l)
-      if (lanes[l]->a != a || lanes[l]->b != b) complain("lanes describe different operands", caller);
-    if ((a | b) >> 62 != 1) complain("operands that are not swizzled by 128 bytes", caller);
-    started[me / 32].push_back(operands_of(mine, true, caller));
-  });
-}
-
-void wgmma_commit() {
-  for (Product& product : fibers[me].products) product.committed = true;
-}
-
-void wgmma_wait(int line, const void* caller) {
-  Fiber& mine = fibers[me];
-  whole_warp(mine, line, caller, [&](Fiber** lanes) {
-    std::vector<Operands>& operands = started[me / 32];
-    for (size_t p = 0; p < operands.size(); ++p) {
-      const Product& product = mine.products[p];
-      const Operands &before = operands[p], now = operands_of(product, false, caller);
-      if (memcmp(&before, &now, sizeof now)) complain("operands of a product changed before it was waited for", caller);
-      if (!product.committed) complain("product that was not committed", caller);
-      float left[16][16], right[16][128], sums[16][128] = {};
-      for (int k = 0; k < 16; ++k) {
-        for (int row = 0; row < 16; ++row) left[row][k] = widened(before.a[row][k], 0, product.is_bf16);
-        for (int column = 0; column < 128; ++column) right[k][column] = widened(before.b[column][k], 0, product.is_bf16);
-      }
-      for (int row = 0; row < 16; ++row)
-        for (int k = 0; k < 16; ++k)
-          for (int column = 0; column < 128; ++column) sums[row][column] += left[row][k] * right[k][column];
-      for (int l = 0; l < 32; ++l)
-        for (int i = 0; i < 64; ++i)
-          lanes[l]->products[p].d[i] += sums[l / 4 + i / 2 % 2 * 8][i / 4 * 8 + l % 4 * 2 + i % 2];
-    }
-    operands.clear();
-    for (int l = 0; l < 32; ++l) lanes[l]->products.clear();
-  });
-}
-
 // Returns false where the block cannot go on.
 static bool release_barrier() {
   int waiting = 0, done = 0, line = 0;
@@ -597,7 +501,6 @@ static std::string symbol_of(const void* kernel) {
 }
 
 static void run_block() {
-  for (auto& operands : started) operands.clear();
   if (shared_bytes) memset(shared, 0xff, shared_bytes);  // NaN
   first_phase = ++phase;
   for (uint16_t& step : steps) step = 0;
@@ -632,7 +535,7 @@ void run(const char* op, const void* kernel, dim3 grid, int block, size_t bytes,
     throw std::runtime_error(refused + "invalid configuration");
   if (!stacks) {
     stacks = (char*)lazy_memory(MAX_THREADS * STACK);
-    shared = (unsigned char*)lazy_memory(SHARED + 4096);  // whole pages: it starts at a multiple of 1024
+    shared = (unsigned char*)lazy_memory(SHARED + 4096);
     shared_region.element = 2;
     shared_region.begin = (uintptr_t)shared;
     shared_region.touches.reset(SHARED / 2);

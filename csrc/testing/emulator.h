@@ -8,9 +8,7 @@
 //   - reads shared memory that nobody wrote in this block;
 //   - meets another thread's access to the same element, one of them a write, with no barrier between
 //     them: __syncthreads within a block, __syncwarp (not a shuffle) within a warp, nothing between blocks;
-//   - is to shared memory that an asynchronous copy fills, before the copying thread has waited for it;
-//   - changes the operands of a warpgroup's product before that is waited for, or writes them without the fence
-//     between the proxies.
+//   - is to shared memory that an asynchronous copy fills, before the copying thread has waited for it.
 // Also found: barriers and warp operations that not all threads reach, and deadlocks. The first complaints are thrown as an
 // exception with the op's name, and Python raises it.
 //
@@ -95,13 +93,6 @@ int lane();
 // c (16 x 8) += a (16 x 16) b (16 x 8), and four 8 x 8 matrices whose rows the lanes name.
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_bf16, int line, const void* caller);
 void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, int line, const void* caller);
-// Products of a warpgroup (csrc/common/wgmma.h), 64 x 128. Operands are read when they are started, and must be
-// the same when they are waited for; then d changes.
-uint32_t shared_address(const void* place);
-void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool b_turned, bool is_bf16, int line, const void* caller);
-void wgmma_commit();
-void wgmma_wait(int line, const void* caller);
-void proxy_fence();
 // 16 bytes to shared memory, `bytes` of them from `from` and then zeros. They are there when their thread has
 // waited for their group, and nobody may touch the place before.
 void copy_async(void* to, const void* from, int bytes, const void* caller);

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "common/cuda.h"
-#include "common/wgmma.h"
+#include "common/mma.h"
 
 namespace gpt2fast {
 namespace cuda {
@@ -142,66 +142,6 @@ void product_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, i64 
     using T = decltype(kind);
     launch("product_fault", product_kernel<T>, dim3(1), 64, sizeof(T) * 2 * (32 + 16) * 16, 0, (const T*)a,
            (const T*)b, (float*)c, int(depth), a_turned, b_turned, plain, found);
-  });
-}
-
-// ---- a product of a warpgroup ----------------------------------------------------------------------------
-
-enum WarpgroupFault { NO_PROXY_FENCE = 1, NO_BARRIER_AFTER_COPY, IN_FLIGHT_OPERANDS, NOT_COMMITTED, CHANGED_OPERANDS };
-
-template <class T, bool B_TURNED>
-__global__ void warpgroup_kernel(const T* a, const T* b, float* c, int depth, int fault) {
-#ifdef GPT2FAST_WGMMA
-  struct Shared {
-    T a[64 * 64], b[128 * 64];
-  };
-  Shared& shared = shared_memory<Shared>();
-  const int t = threadIdx.x;
-  const auto fetch = [&](T* tile, const T* from, int stride, int rows) {
-    for (int i = t; i < rows * 8; i += 128)
-      copy_async(tile + i / 8 * 64 + (i % 8 ^ i / 8 % 8) * 8, from + i / 8 * stride + i % 8 * 8, 16);
-  };
-  const auto stage = [&](int k) {
-    fetch(shared.a, a + k, depth, 64);
-    if (B_TURNED)
-      for (int part = 0; part < 2; ++part) fetch(shared.b + part * 64 * 64, b + k * 128 + part * 64, 128, 64);
-    else
-      fetch(shared.b, b + k, depth, 128);
-    copy_async_commit();
-    if (fault != IN_FLIGHT_OPERANDS) copy_async_wait<0>();
-    if (fault != NO_PROXY_FENCE) wgmma_proxy_fence();
-  };
-  float sums[1][64] = {};
-  for (int k = 0; k < depth; k += 64) {
-    if (fault != CHANGED_OPERANDS || k == 0) stage(k);
-    if (fault != NO_BARRIER_AFTER_COPY) __syncthreads();
-    wgmma_begin(sums);
-    for (int i = 0; i < 64; i += 16) {
-      const uint64_t right =
-          B_TURNED ? wgmma_tile(shared.b + i * 64, 64 * 64 * sizeof(T)) : wgmma_tile(shared.b + i);
-      wgmma<T, B_TURNED>(sums[0], wgmma_tile(shared.a + i), right);
-    }
-    if (fault != NOT_COMMITTED) wgmma_commit();
-    if (fault == CHANGED_OPERANDS && k + 64 < depth) {
-      __syncthreads();
-      stage(k + 64);
-    }
-    wgmma_wait(sums);
-    __syncthreads();
-  }
-  for (int i = 0; i < 64; ++i)
-    c[(t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8) * 128 + i / 4 * 8 + t % 4 * 2 + i % 2] = sums[0][i];
-#endif
-}
-
-void warpgroup_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, i64 depth, bool b_turned, int dtype) {
-  static const char* const names[] = {"", "no proxy fence", "no barrier after copy", "operands in flight",
-    "not committed", "changed operands"};
-  const int found = position(names, name);
-  with_half_dtype(dtype, [&](auto kind) {
-    using T = decltype(kind);
-    launch("warpgroup_fault", b_turned ? warpgroup_kernel<T, true> : warpgroup_kernel<T, false>, dim3(1), 128,
-           sizeof(T) * 192 * 64, 0, (const T*)a, (const T*)b, (float*)c, int(depth), found);
   });
 }
 

@@ -10,9 +10,6 @@ void fault(const char* name, uintptr_t x, uintptr_t y, int64_t count);
 // multiple of 8 where it is contiguous. plain: fragments by single loads instead of ldmatrix.
 void product_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int64_t depth, bool a_turned,
                    bool b_turned, bool plain, int dtype);
-// c (64, 128) fp32 = a (64, K) b (K, 128) by a warpgroup, stored as above, K a multiple of 64.
-void warpgroup_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int64_t depth, bool b_turned,
-                     int dtype);
 
 }  // namespace cuda
 }  // namespace gpt2fast

@@ -97,14 +97,6 @@ def shared_memory_of(tensor: Tensor) -> int:
     return 227 << 10 if _recorded_target is None else _recorded_target[1]
 
 
-def has_wgmma(tensor: Tensor) -> bool:
-    """Whether the GPU that holds `tensor` is a Hopper, for whose wgmma the kernels were compiled."""
-    if tensor.is_cuda:
-        hopper = torch.cuda.get_device_capability(tensor.device) == (9, 0)
-        return hopper and "90a" in cuda_kernels().archs
-    return _recorded_target is not None and _recorded_target[1] == 227 << 10
-
-
 def parameter(given: Tensor | None, x: Tensor) -> tuple[Tensor | None, bool]:
     """A contiguous weight or bias of x's dtype or fp32, and whether it is fp32."""
     if given is None:

@@ -10,7 +10,6 @@ from gpt2fast import backends
 from gpt2fast.backends import load
 from gpt2fast.functional import gelu_mlp
 from gpt2fast.ops.gelu_mlp import autograd
-from tests import cuda_emulator
 from tests.ops.numerics import (
     DTYPES,
     assert_accurate,
@@ -353,43 +352,6 @@ def test_triton_unfused(configured: list[bool], dtype: torch.dtype) -> None:
     for wanted in (["fc_bias"], ["fc_weight"], ["proj_weight"], ["proj_bias"]):
         assert_accurate(gelu_mlp, inputs(9, 80), dtype=dtype, wanted=wanted, backend="triton")
     assert configured == [False]
-
-
-@pytest.fixture
-def on_warpgroups(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The CUDA products on wgmma, where they are emulated or the GPU is a Hopper; lists launches."""
-    if not torch.cuda.is_available():
-        cuda_emulator.load()
-    if not (found := backends.status("cuda")).available:
-        pytest.skip(found.detail)
-    module, launched = load("gelu_mlp", "cuda"), []
-    if torch.cuda.is_available() and not module.has_wgmma(torch.empty(1, device="cuda")):
-        pytest.skip("no kernels for wgmma here")
-
-    def launch(name: str, *arguments: object) -> None:
-        launched.append(name)
-        original(name, *arguments)
-
-    original = module.launch
-    monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(module, "has_wgmma", lambda _: True)
-    monkeypatch.setattr(module, "processors_of", lambda _: 1)
-    return launched
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("shape", [(1, 80, 96), (70, 200, 168), (130, 48, 264), (3, 8, 8)])
-def test_cuda_warpgroups(
-    on_warpgroups: list[str], shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
-    """One and several tiles both ways, one to four steps, with ragged ends, in every layout."""
-    rows, width, hidden = shape
-    given = inputs(rows, width, hidden=hidden)
-    assert_accurate(gelu_mlp, given, dtype=dtype, backend="cuda")
-    turned = {name: given[name].t().contiguous().t() for name in ("fc_weight", "proj_weight")}
-    assert_accurate(gelu_mlp, {**given, **turned}, dtype=dtype, backend="cuda")
-    assert on_warpgroups.count("gelu_product_forward") == 2
-    assert on_warpgroups.count("gelu_product_backward") == 2
 
 
 def test_triton_rule_has_tiles_that_fit() -> None:

@@ -9,7 +9,7 @@ dimension) the product is PyTorch's and the GELU a pass of its own. The other pr
 import torch
 from torch import Tensor
 
-from gpt2fast.ops.cuda_common import has_wgmma, launch, parameter, processors_of
+from gpt2fast.ops.cuda_common import launch, parameter, processors_of
 from gpt2fast.ops.gelu import cuda as elementwise
 from gpt2fast.ops.registry import DTYPE_CODES
 
@@ -56,7 +56,7 @@ def forward(
     h = x.new_empty((count, hidden)) if save else None
     operands = _operands(x, fc_weight.t(), fc_bias)
     if operands is not None:
-        sizes = (count, hidden, depth, DTYPE_CODES[x.dtype], has_wgmma(x))
+        sizes = (count, hidden, depth, DTYPE_CODES[x.dtype])
         launch("gelu_product_forward", *operands, h, activation, *sizes)
     else:
         plain = activation if h is None else h
@@ -119,7 +119,7 @@ def _hidden_gradient(
     if need_bias:
         dbias = h.new_empty((hidden,), dtype=torch.float32)
         partials = h.new_empty((-(-count // TILE), hidden), dtype=torch.float32)
-    sizes = (count, hidden, depth, DTYPE_CODES[h.dtype], has_wgmma(h))
+    sizes = (count, hidden, depth, DTYPE_CODES[h.dtype])
     launch("gelu_product_backward", *operands, h, activation, dh, dbias, partials, *sizes)
     return dh, dbias
 
