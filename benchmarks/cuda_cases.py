@@ -48,6 +48,30 @@ def gelu(width: int, dtype: torch.dtype) -> None:
     backend.backward(x, x, bias, True, True)
 
 
+def gelu_mlp(width: int, dtype: torch.dtype) -> None:
+    backend = load("gelu_mlp", "cuda")
+    x, h = empty(ROWS, width, dtype=dtype), empty(ROWS, 4 * width, dtype=dtype)
+    fc_weight, proj_weight = (
+        empty(*s, dtype=dtype) for s in ((4 * width, width), (width, 4 * width))
+    )
+    fc_bias, proj_bias = empty(4 * width, dtype=FP32), empty(width, dtype=FP32)
+    for turn in (lambda t: t, lambda t: t.t().contiguous().t()):  # as nn.Linear, as Conv1D
+        fc, proj = turn(fc_weight), turn(proj_weight)
+        backend.forward(x, fc, fc_bias, proj, proj_bias, True)
+        backend.backward(x, x, h, fc, fc_bias, proj, [True] * 5)
+
+
+def linear_cross_entropy(width: int, dtype: torch.dtype) -> None:
+    backend = load("linear_cross_entropy", "cuda")
+    x, weight = empty(ROWS, width, dtype=dtype), empty(50304, width, dtype=dtype)
+    targets, statistics = empty(ROWS, dtype=torch.int64), empty(ROWS, 2, dtype=FP32)
+    options = (-100, 0.0, 0.0, "mean", 50257, 512 << 20)
+    backend.forward(x, weight, targets, *options, False, False)
+    backend.forward(x, weight, targets, *options, True, True)
+    backend.backward(empty(dtype=FP32), x, weight, targets, statistics, *options, True, True)
+    backend.scale(empty(ROWS, width, dtype=FP32), empty(dtype=FP32))
+
+
 def embedding(width: int, dtype: torch.dtype) -> None:
     backend = load("embedding", "cuda")
     idx, dy = empty(64, 1024, dtype=torch.int64), empty(64, 1024, width, dtype=dtype)
@@ -91,7 +115,7 @@ def attention(heads: int, dtype: torch.dtype, size: int = 64) -> None:
 for _dtype in (BF16, FP32):
     _name = str(_dtype).removeprefix("torch.")
     for _size, _width in WIDTHS.items():
-        for _op in (layer_norm, gelu, embedding, adamw):
+        for _op in (layer_norm, gelu, gelu_mlp, linear_cross_entropy, embedding, adamw):
             CASES[f"{_op.__name__} {_size} {_name}"] = lambda op=_op, width=_width, dtype=_dtype: (
                 op(width, dtype)
             )

@@ -97,7 +97,7 @@ class Code:
     stack: int
     wide: int
     narrow: int
-    tensor: int
+    products: int  # tensor-core instructions
 
 
 def codes(cubin: Path, symbols: set[str]) -> dict[str, Code]:
@@ -116,10 +116,10 @@ def codes(cubin: Path, symbols: set[str]) -> dict[str, Code]:
     listing = output(tool("cuobjdump"), "--dump-sass", "--function", ",".join(wanted), cubin)
     for part in listing.split("Function : ")[1:]:
         name, _, code = part.partition("\n")
-        tensor = len(re.findall(r"\sHG?MMA\.", code))
         memory = re.findall(r"\s((?:LDG|STG|LDGSTS)\.[A-Z0-9_.]+)", code)
         wide = sum(".128" in opcode for opcode in memory)
-        found[name.strip()] = Code(*usage[name.strip()], wide, len(memory) - wide, tensor)
+        products = len(re.findall(r"\s(?:HMMA|HGMMA)\.", code))
+        found[name.strip()] = Code(*usage[name.strip()], wide, len(memory) - wide, products)
     return found
 
 
@@ -168,8 +168,8 @@ def markdown(rows: list[Row]) -> str:
         "",
         "Warps: resident on a multiprocessor at once, of 64. 16-byte: global loads and stores of 16"
         " bytes a thread in the machine code, and narrower ones (statistics, edges of rows that do"
-        " not start on 16 bytes, partial sums). Tensor: tensor-core instructions. Spills are"
-        " bytes of stack; any makes the command fail.",
+        " not start on 16 bytes, partial sums). Tensor cores: their instructions. Spills are bytes"
+        " of stack; any makes the command fail.",
     ]
     for arch in sorted({row.arch for row in rows}):
         lines += [
@@ -177,7 +177,7 @@ def markdown(rows: list[Row]) -> str:
             f"## sm_{arch}",
             "",
             "| first case | kernel | threads | registers | spills | shared | resident warps |"
-            " 16-byte / narrower | tensor |",
+            " 16-byte / narrower | tensor cores |",
             "|---|---|---:|---:|---:|---:|---:|---|---:|",
         ]
         for row in rows:
@@ -186,7 +186,7 @@ def markdown(rows: list[Row]) -> str:
                 lines.append(
                     f"| {launch.case} | {plain(launch.symbol)} | {launch.threads}"
                     f" | {code.registers} | {code.stack} | {launch.shared} | {row.warps}"
-                    f" | {code.wide} / {code.narrow} | {code.tensor} |"
+                    f" | {code.wide} / {code.narrow} | {code.products or ''} |"
                 )
     return "\n".join(lines) + "\n"
 
@@ -201,7 +201,8 @@ def main() -> int:
     if not chosen:
         parser.error(f"no case begins with {options.case!r}; there are {', '.join(CASES)}")
     ops = {name.split()[0] for name in chosen}
-    sources = [source for source in sorted(CSRC.glob("*/*.cu")) if source.parent.name in ops]
+    # An op may launch what another has whose name is part of its own.
+    sources = [s for s in sorted(CSRC.glob("*/*.cu")) if any(s.parent.name in op for op in ops)]
     with ThreadPoolExecutor(2) as pool:
         work = [(source, arch) for arch in options.arch for source in sources]
         cubins = list(pool.map(lambda job: (job[1], compiled(*job)), work))

@@ -70,7 +70,7 @@ def stages(rehearse: bool) -> dict[str, Stage]:
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     only = "test_layer_norm and triton" if rehearse else "triton or cuda"
     benchmark = [*pytest, "benchmarks", "--benchmark-only"]
-    few = ["tests/ops", "-k", "triton and not 1025 and (layer_norm or gelu) and dtype0"]
+    few = ["tests/ops", "-k", "(triton and dtype0 or cuda) and not 1025 and (layer_norm or gelu)"]
     small = ["-k", "nano or layer_norm"] if rehearse else []
     whole_step = [*pytest, "benchmarks/test_training_step.py", "--benchmark-only"]
     per_op = ["--ignore=benchmarks/test_training_step.py"]

@@ -1,8 +1,9 @@
 """Timing of one op's variants, interleaved in one process, against ceilings measured in between.
 
 On a machine with a GPU everything runs there, in bf16; elsewhere on the CPU, in fp32. With
-GPT2FAST_REHEARSAL=1 the GPU's cases run on the CPU, tiny, the kernels in Triton's interpreter: that
-shows that the benchmarks work before they are carried to a GPU, and times nothing.
+GPT2FAST_REHEARSAL=1 the GPU's cases run on the CPU, tiny, the kernels in Triton's interpreter and
+the CUDA emulator: that shows that the benchmarks work before they are carried to a GPU, and times
+nothing.
 
 A case is one op at one shape and dtype. Its variants run in turn, round after round, each timed for
 forward and backward, so that a change of the machine's speed meets all of them. Between the rounds
@@ -30,11 +31,15 @@ import gpt2fast
 REHEARSAL = os.environ.get("GPT2FAST_REHEARSAL") == "1"
 if REHEARSAL:
     importlib.import_module("tests.triton_interpreter")
+    importlib.import_module("tests.cuda_emulator").load()
 GPU = torch.cuda.is_available() or REHEARSAL
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 DTYPE_NAME = "bf16" if GPU else "fp32"
-OURS = "gpt2fast triton" if GPU else "gpt2fast cpu"
+#: Our variants: first what is chosen without asking.
+OURS = ["gpt2fast triton"] if GPU else ["gpt2fast cpu"]
+if GPU and gpt2fast.backends.status("cuda").available:
+    OURS.append("gpt2fast cuda")
 
 DIRECTIONS = ("forward", "backward", "both")
 SECONDS = 2.5  # what one case may take after its warm-up
@@ -169,7 +174,7 @@ def ceilings() -> tuple[float, float]:
 
 def cases(
     *makers: Callable[[], Case],
-    variants: Sequence[str] = ("torch eager", "torch.compile", OURS),
+    variants: Sequence[str] = ("torch eager", "torch.compile", *OURS),
     directions: Sequence[str] = DIRECTIONS,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Parametrises a benchmark by case (made lazily), variant and direction."""
@@ -189,14 +194,14 @@ def _label(value: Any) -> str:
     return getattr(value, "__name__", value)  # type: ignore[no-any-return]
 
 
-def ours(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as a user calls it, where that means our kernels."""
-    expected = OURS.rpartition(" ")[2]
-    if REHEARSAL:
-        return _on(expected, function)
-    chosen = gpt2fast.backends.choose(torch.empty(1, device=DEVICE))
-    assert chosen == expected, f"{expected} is not chosen here, but {chosen}"
-    return function
+def ours(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """`function` on each of our backends: the first as a user calls it, where that is chosen."""
+    variants = {name: _on(name.rpartition(" ")[2], function) for name in OURS}
+    if not REHEARSAL:
+        chosen = gpt2fast.backends.choose(torch.empty(1, device=DEVICE))
+        assert OURS[0].endswith(chosen), f"{OURS[0]} is not chosen here, but {chosen}"
+        variants[OURS[0]] = function
+    return variants
 
 
 def _on(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,8 +272,18 @@ def peak_memory(run: Callable[[], Any]) -> int:
     return peak
 
 
+def _has_kernels(case: Case, variant: str) -> bool:
+    try:
+        case.variants[variant](**_leaves(case.inputs))
+    except gpt2fast.BackendUnavailable:
+        return False
+    return True
+
+
 def measure(case: Case) -> dict[str, Measured]:
-    """Every variant of a case, interleaved."""
+    """Every variant of a case, interleaved, but those of backends without kernels for the op."""
+    there = {name: run for name, run in case.variants.items() if _has_kernels(case, name)}
+    case = dataclasses.replace(case, variants=there)
     probe = case.variants[next(iter(case.variants))](**_leaves(case.inputs))
     upstream = [torch.randn_like(output) for output in _outputs(probe)]
     del probe

@@ -61,7 +61,7 @@ def case(batch: int, length: int) -> Case:
         {
             **{name: partial(sdpa, backend=backend) for name, backend in PEERS.items()},
             "torch.compile": compiled(sdpa_plain),
-            OURS: ours(partial(flash_attn_qkvpacked_func, causal=True)),
+            **ours(partial(flash_attn_qkvpacked_func, causal=True)),
         },
         forward=(4 * size, flops),
         backward=(8 * size, 2.5 * flops),
@@ -89,7 +89,7 @@ def decode_case(batch: int, length: int) -> Case:
         {
             "torch eager": decode_eager,
             "torch.compile": compiled(decode_eager),
-            OURS: ours(decode_ours),
+            **ours(decode_ours),
         },
         forward=(2 * size, 4 * batch * HEADS * SIZE * length),
         backward=None,
@@ -98,7 +98,7 @@ def decode_case(batch: int, length: int) -> Case:
 
 @cases(
     *(partial(case, *shape) for shape in SHAPES),
-    variants=(*PEERS, "torch.compile", OURS),
+    variants=(*PEERS, "torch.compile", *OURS),
 )
 def test_attention(
     bench: Callable[..., None], make: Callable[[], Case], variant: str, direction: str

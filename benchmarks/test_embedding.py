@@ -9,7 +9,6 @@ from torch import Tensor
 from benchmarks.harness import (
     DTYPE,
     DTYPE_NAME,
-    OURS,
     Case,
     cases,
     compiled,
@@ -38,7 +37,7 @@ def case(batch: int, length: int) -> Case:
             "wte": randn(PADDED, WIDTH),
             "wpe": randn(POSITIONS, WIDTH),
         },
-        {"torch eager": eager, "torch.compile": compiled(eager), OURS: ours(embedding)},
+        {"torch eager": eager, "torch.compile": compiled(eager), **ours(embedding)},
         forward=(2 * tokens, 0),
         backward=(2 * tokens + tables, 0),
     )

@@ -6,7 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import DTYPE, DTYPE_NAME, OURS, Case, cases, compiled, ours, pick, randn
+from benchmarks.harness import DTYPE, DTYPE_NAME, Case, cases, compiled, ours, pick, randn
 from gpt2fast.functional import gelu, gelu_mlp
 
 WIDTH = pick(768, 768, 32)
@@ -33,7 +33,7 @@ def gelu_case(rows: int) -> Case:
         {
             "torch eager": eager_gelu,
             "torch.compile": compiled(eager_gelu),
-            OURS: ours(gelu),
+            **ours(gelu),
         },
         forward=(2 * size, 0),
         backward=(3 * size, 0),
@@ -56,7 +56,7 @@ def mlp_case(rows: int) -> Case:
         {
             "torch eager": eager_mlp,
             "torch.compile": compiled(eager_mlp),
-            OURS: ours(gelu_mlp),
+            **ours(gelu_mlp),
         },
         forward=(weights + DTYPE.itemsize * rows * 6 * WIDTH, flops),
         backward=(2 * weights + DTYPE.itemsize * rows * 7 * WIDTH, 2 * flops),

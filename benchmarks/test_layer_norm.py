@@ -6,7 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import DTYPE, DTYPE_NAME, OURS, Case, cases, compiled, pick, randn
+from benchmarks.harness import DTYPE, DTYPE_NAME, Case, cases, compiled, pick, randn
 from benchmarks.harness import ours as on_ours
 from gpt2fast.functional import add_layer_norm, layer_norm
 
@@ -38,7 +38,7 @@ def case(add: bool, rows: int) -> Case:
         "add_layer_norm" if add else "layer_norm",
         f"[{rows}, {WIDTH}] {DTYPE_NAME}",
         inputs,
-        {"torch eager": eager, "torch.compile": compiled(eager), OURS: on_ours(ours)},
+        {"torch eager": eager, "torch.compile": compiled(eager), **on_ours(ours)},
         forward=((4 if add else 2) * size, 0),
         backward=((4 if add else 3) * size, 0),
     )

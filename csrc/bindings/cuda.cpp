@@ -7,7 +7,9 @@
 #include "cross_entropy/cross_entropy_cuda.h"
 #include "embedding/embedding_cuda.h"
 #include "gelu/gelu_cuda.h"
+#include "gelu_mlp/gelu_mlp_cuda.h"
 #include "layer_norm/layer_norm_cuda.h"
+#include "linear_cross_entropy/linear_cross_entropy_cuda.h"
 
 #ifdef GPT2FAST_EMULATED
 #include "testing/bindings.inc"
@@ -27,10 +29,14 @@ PYBIND11_MODULE(_cuda, module) {
   BIND(cross_entropy_reduce);
   BIND(cross_entropy_forward);
   BIND(cross_entropy_backward);
+  BIND(scale);
   BIND(gelu_forward);
   BIND(gelu_backward);
   BIND(attention_forward);
   BIND(attention_backward);
+  BIND(gelu_product_forward);
+  BIND(gelu_product_backward);
+  BIND(column_sum);
   BIND(embedding_forward);
   BIND(embedding_keys);
   BIND(embedding_tokens);

@@ -24,6 +24,15 @@
 namespace gpt2fast {
 namespace cuda {
 
+// `body(T())` with T = bf16 or f16 for dtype 1, 2.
+template <class Body>
+void with_half_dtype(int dtype, const Body& body) {
+  if (dtype == 1)
+    body(bf16());
+  else
+    body(f16());
+}
+
 // Two floats rounded to T in one register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -41,6 +50,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 #endif
   return bits;
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(uint32_t bits, float& low, float& high) {
+  T pair[2];
+  memcpy(pair, &bits, sizeof bits);
+  low = to_float(pair[0]);
+  high = to_float(pair[1]);
 }
 
 #ifdef GPT2FAST_EMULATED

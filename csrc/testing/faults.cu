@@ -138,15 +138,11 @@ void product_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, i64 
   static const char* const names[] = {"", "no wait", "short wait", "no commit", "no barrier after wait",
     "overwritten stage", "misaligned row", "misaligned copy", "row not shared", "half a warp", "copy beyond"};
   const int found = position(names, name);
-  const auto run = [&](auto kind) {
+  with_half_dtype(dtype, [&](auto kind) {
     using T = decltype(kind);
     launch("product_fault", product_kernel<T>, dim3(1), 64, sizeof(T) * 2 * (32 + 16) * 16, 0, (const T*)a,
            (const T*)b, (float*)c, int(depth), a_turned, b_turned, plain, found);
-  };
-  if (dtype == 1)
-    run(bf16());
-  else
-    run(f16());
+  });
 }
 
 }  // namespace cuda

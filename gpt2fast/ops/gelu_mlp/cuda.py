@@ -1,0 +1,146 @@
+"""The GELU-MLP on the CUDA kernels (csrc/gelu_mlp/gelu_mlp.cu) and cuBLAS.
+
+The two products that have the GELU beside them are tensor-core kernels of our own in bf16 and fp16,
+where rows are multiples of 16 bytes and there are enough tiles to give every multiprocessor one.
+Otherwise (fp32, a width that is no multiple of 8, small batches, which cuBLAS splits along the inner
+dimension) the product is PyTorch's and the GELU a pass of its own. The other products are PyTorch's.
+"""
+
+import torch
+from torch import Tensor
+
+from gpt2fast.ops.cuda_common import launch, parameter, processors_of
+from gpt2fast.ops.gelu import cuda as elementwise
+from gpt2fast.ops.registry import DTYPE_CODES
+
+TILE = 128  # rows and columns of a kernel's output tile
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes."""
+    if tensor.is_meta:
+        return True
+    return (
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(1) == 1
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+    )
+
+
+def _operands(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[object, ...] | None:
+    """The kernels' arguments for a (R, K) times b (K, H), or None where they do not serve."""
+    rows, columns = a.shape[0], b.shape[1]
+    tiles = -(-rows // TILE) * -(-columns // TILE)
+    if a.dtype == torch.float32 or columns % 8 or tiles < processors_of(a):
+        return None
+    turned = b.stride(1) == 1
+    b = b if turned else b.t()
+    b = b if b.stride(1) == 1 else b.contiguous()
+    added, wide = parameter(bias, a)
+    if not (_aligned(a) and _aligned(b)) or (added is not None and added.data_ptr() % 8):
+        return None
+    return a, a.stride(0), b, b.stride(0), turned, added, wide
+
+
+def forward(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """On rows x (R, C): y (R, D), and where `save` h = x fc_weight^T (R, H)."""
+    count, (hidden, depth) = x.shape[0], fc_weight.shape
+    activation = x.new_empty((count, hidden))
+    h = x.new_empty((count, hidden)) if save else None
+    operands = _operands(x, fc_weight.t(), fc_bias)
+    if operands is not None:
+        sizes = (count, hidden, depth, DTYPE_CODES[x.dtype])
+        launch("gelu_product_forward", *operands, h, activation, *sizes)
+    else:
+        plain = activation if h is None else h
+        torch.mm(x, fc_weight.t(), out=plain)
+        elementwise.forward(plain, fc_bias, activation)
+    if proj_bias is None:
+        return torch.mm(activation, proj_weight.t()), h
+    return torch.addmm(proj_bias.to(x.dtype), activation, proj_weight.t()), h
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    need: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, fc_weight, fc_bias (fp32), proj_weight, proj_bias (fp32) where needed."""
+    need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = need
+    dx = dfc_weight = dfc_bias = dproj_weight = activation = None
+    if need_x or need_fc_weight or need_fc_bias:
+        activation = torch.empty_like(h) if need_proj_weight else None
+        dh, dfc_bias = _hidden_gradient(
+            dy, h, fc_bias, proj_weight, activation, need_x or need_fc_weight, need_fc_bias
+        )
+        if need_x:
+            assert dh is not None
+            dx = torch.mm(dh, fc_weight)
+        if need_fc_weight:
+            assert dh is not None
+            dfc_weight = torch.mm(dh.t(), x)
+    elif need_proj_weight:
+        activation = elementwise.forward(h, fc_bias)
+    if activation is not None:
+        dproj_weight = torch.mm(dy.t(), activation)
+    dproj_bias = column_sum(dy) if need_proj_bias else None
+    return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
+
+
+def _hidden_gradient(
+    dy: Tensor,
+    h: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    activation: Tensor | None,
+    need_dh: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dh (R, H) and its sum over rows (H,) fp32 where needed; writes gelu(h + fc_bias) (R, H)."""
+    (count, hidden), depth = h.shape, dy.shape[1]
+    dh = torch.empty_like(h) if need_dh else None
+    operands = _operands(dy, proj_weight, fc_bias)
+    if operands is None:
+        dact = torch.empty_like(h) if dh is None else dh
+        torch.mm(dy, proj_weight, out=dact)
+        return dh, elementwise.backward_into(dact, h, fc_bias, dh, activation, need_bias)
+    dbias = partials = None
+    if need_bias:
+        dbias = h.new_empty((hidden,), dtype=torch.float32)
+        partials = h.new_empty((-(-count // TILE), hidden), dtype=torch.float32)
+    sizes = (count, hidden, depth, DTYPE_CODES[h.dtype])
+    launch("gelu_product_backward", *operands, h, activation, dh, dbias, partials, *sizes)
+    return dh, dbias
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """The sum over rows of x (R, C) with contiguous columns, in fp32: a bias's gradient."""
+    count, columns = x.shape
+    across = -(-columns * x.element_size() // (16 * elementwise.THREADS))
+    resident = processors_of(x) * (elementwise.RESIDENT // elementwise.THREADS)
+    strips = max(1, min(resident // across, -(-count // 4)))
+    total = x.new_empty((columns,), dtype=torch.float32)
+    partials = x.new_empty((strips, columns), dtype=torch.float32)
+    launch(
+        "column_sum",
+        x,
+        x.stride(0),
+        total,
+        partials,
+        strips,
+        count,
+        columns,
+        DTYPE_CODES[x.dtype],
+    )
+    return total
