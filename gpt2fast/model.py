@@ -138,8 +138,8 @@ class Layer(Block):
 class Transformer(nn.Module):
     """Embeddings, blocks and the final norm: everything below the tied head.
 
-    With `gradient_checkpointing` set, a block's activations are not kept for backward but computed again there,
-    with the same dropout: less memory for about a third more computation.
+    With `gradient_checkpointing` set, a block's activations are not kept for backward but computed
+    again there, with the same dropout: less memory for about a third more computation.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -161,6 +161,7 @@ class Transformer(nn.Module):
                 x, branch = checkpoint(block, x, branch, use_reentrant=False)
             else:
                 x, branch = block(x, branch, None if cache is None else cache.appender(layer))
+        assert branch is not None  # there is a block
         _, y = self.ln_f.add(x, branch)
         if cache is not None:
             cache.length += idx.shape[1]

@@ -167,7 +167,8 @@ def save_checkpoint(
 
     def write() -> Checkpoint:
         assert whole is not None  # on the first process
-        described, states = [], {}
+        described: list[Any] = []
+        states: dict[str, Tensor] = {}
         for rank, (python, own) in enumerate(generators):
             described.append(python)
             states |= {f"random.{rank}.{name}": tensor for name, tensor in own.items()}

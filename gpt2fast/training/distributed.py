@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,8 @@ class Ranks:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        # The sum that a block returns is a view within its Function; nothing is added in place to it.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         device = next(model.parameters()).device.type
         mesh = init_device_mesh(device, (self.world_size,))
         for block in model.transformer.h:
@@ -139,12 +142,20 @@ class Ranks:
 ALONE: Final = Ranks()
 
 
-def environment() -> tuple[int, int, int]:
-    """rank, world size and the rank within this machine, as torchrun tells them; 0, 1, 0 alone."""
+class Environment(NamedTuple):
+    """What torchrun tells a process: `local_rank` is its number on its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def environment() -> Environment:
+    """This process's place among those that torchrun started; the only one without torchrun."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return 0, 1, 0
+        return Environment()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return rank, world_size, int(os.environ.get("LOCAL_RANK", rank))
+    return Environment(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)))
 
 
 @contextmanager
@@ -156,7 +167,7 @@ def join(device: torch.device) -> Iterator[Ranks]:
     Raises:
         ValueError: this machine has fewer GPUs than processes.
     """
-    rank, world_size, local = environment()
+    _, world_size, local = environment()
     ours = not dist.is_initialized()
     if ours and world_size == 1:
         yield ALONE
@@ -252,25 +263,24 @@ class Forward:
     """
 
     def __init__(self, model: GPT, config: TrainConfig, ranks: Ranks) -> None:
-        self._model = model
+        self._model: Any = model
         self._call: Any = torch.compile(model) if config.compile else model
         if ranks.world_size > 1 and config.parallel == "ddp":
-            # No buffers to keep alike; gradients live in the buckets that are sent.
-            self._call = DistributedDataParallel(
-                self._call, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            # Gradients live in the buckets that are sent.
+            self._call = DistributedDataParallel(self._call, gradient_as_bucket_view=True)
 
-    def __call__(self, x: Tensor, y: Tensor, *, sync: bool) -> Tensor:
-        """The mean loss of x (B, T) against y (B, T).
+    def __call__(self, *inputs: Tensor, sync: bool, **named: Tensor | None) -> Tensor:
+        """The loss that the model gives for its inputs.
 
         Without `sync` its backward adds to this process's own gradients; with it these become the
         mean over all processes.
         """
-        quiet = nullcontext()
+        quiet: AbstractContextManager[Any] = nullcontext()
         if isinstance(self._call, DistributedDataParallel):
-            quiet = nullcontext() if sync else self._call.no_sync()
+            quiet = quiet if sync else self._call.no_sync()
         elif _is_sharded(self._model):
             self._model.set_requires_gradient_sync(sync)
         with quiet:
-            _, loss = self._call(x, y)
+            _, loss = self._call(*inputs, **named)
+        assert isinstance(loss, Tensor)
         return loss

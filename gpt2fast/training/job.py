@@ -320,9 +320,7 @@ def _train_and_report(trainer: Trainer, train_data: TokenDataset) -> Result:
         return Result(run, outcome.step, checkpoint, signal=outcome.signal)
     config, val_data, progress = trainer.config, trainer.val_data, trainer.progress
     progress.line("validating")
-    val_loss = evaluate(
-        trainer.model, val_data, config, config.eval_batches, ranks=trainer.ranks
-    )
+    val_loss = evaluate(trainer.model, val_data, config, config.eval_batches, ranks=trainer.ranks)
     assert val_loss is not None
     whole = trainer.ranks.whole(trainer.model)
     if whole is None:  # the first process reports

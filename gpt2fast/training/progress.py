@@ -9,6 +9,7 @@ from typing import Self, TextIO
 
 __all__ = ["Progress", "duration"]
 
+
 class _Nowhere(io.StringIO):
     def write(self, text: str) -> int:
         return len(text)
