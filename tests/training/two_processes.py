@@ -39,7 +39,7 @@ def _serve(rank: int, port: int, pipe: Any) -> None:
         function, args, keywords = call
         try:
             pipe.send((True, function(*args, **keywords)))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             pipe.send((False, error))
     dist.destroy_process_group()
 
