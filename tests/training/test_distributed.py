@@ -453,8 +453,8 @@ def test_kill_9_of_all_loses_nothing_but_the_last_steps(
         for process in both:
             process.kill()
     assert 2 <= steps(run)[-1] < 25
-    two(resume, run)
-    two(start, asked, tmp_path / "straight")
+    two(resume, run, save_interval=0)
+    two(start, {**asked, "save_interval": 0}, tmp_path / "straight")
     end = "checkpoints/step_00000025"
     assert_same_bits(run / end, tmp_path / "straight" / end)
     assert sorted(train_losses(run)) == list(range(1, 26))
