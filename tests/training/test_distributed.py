@@ -446,13 +446,13 @@ def test_kill_9_of_all_loses_nothing_but_the_last_steps(
     two: Two, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    asked = {**settings, "dropout": 0.1, "save_interval": 1, "eval_interval": 0, "max_steps": 25}
+    asked = {**settings, "dropout": 0.1, "save_interval": 3, "eval_interval": 0, "max_steps": 25}
     both = start_both(run, asked)
     with both[0], both[1]:
-        wait_for(run, both[0], 3)
+        wait_for(run, both[0], 4)
         for process in both:
             process.kill()
-    assert 2 <= steps(run)[-1] < 25
+    assert 3 <= steps(run)[-1] < 25
     two(resume, run, save_interval=0)
     two(start, {**asked, "save_interval": 0}, tmp_path / "straight")
     end = "checkpoints/step_00000025"
