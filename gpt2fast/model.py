@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt2fast import functional
 from gpt2fast.nn import Block, LayerNorm, init_gpt2
@@ -117,28 +118,51 @@ class KVCache:
         return append
 
 
+class Layer(Block):
+    """A block between others, which leaves its last sum to the next norm.
+
+    All it computes is computed in its call, by its own parameters: so FSDP can gather these before
+    and free them after it, and activations can be recomputed a layer at a time.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`gpt2fast.nn.Block.branches`."""
+        return self.branches(x, branch, append)
+
+
 class Transformer(nn.Module):
-    """Embeddings, blocks and the final norm: everything below the tied head."""
+    """Embeddings, blocks and the final norm: everything below the tied head.
+
+    With `gradient_checkpointing` set, a block's activations are not kept for backward but computed
+    again there, with the same dropout: less memory for about a third more computation.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """See :meth:`GPT.hidden`."""
         position = 0 if cache is None else cache.length
         x = functional.embedding(idx, self.wte.weight, self.wpe.weight, position)
-        x = self.drop(x)
-        blocks = [block for block in self.h if isinstance(block, Block)]
-        norms = [*(block.ln_1 for block in blocks), self.ln_f]
-        y = norms[0](x)
-        for layer, (block, norm) in enumerate(zip(blocks, norms[1:], strict=True)):
-            x, branch = block.branches(x, y, None if cache is None else cache.appender(layer))
-            x, y = norm.add(x, branch)
+        x, branch = self.drop(x), None
+        for layer, block in enumerate(self.h):
+            if self.gradient_checkpointing and self.training:
+                x, branch = checkpoint(block, x, branch, use_reentrant=False)
+            else:
+                x, branch = block(x, branch, None if cache is None else cache.appender(layer))
+        assert branch is not None  # there is a block
+        _, y = self.ln_f.add(x, branch)
         if cache is not None:
             cache.length += idx.shape[1]
         return y

@@ -173,19 +173,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        x, y = self.branches(x, self.ln_1(x))
-        return x + y
+        x, branch = self.branches(x)
+        return x + branch
 
     def branches(
         self,
         x: Tensor,
-        y: Tensor,
+        branch: Tensor | None = None,
         append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """From x and y = ln_1(x): x after the attention, and the MLP's branch, not yet added.
+        """The same from x + branch, to x after the attention and the MLP's branch, not yet added.
 
-        The caller adds the branch together with the next norm, in one pass over memory.
+        The next norm adds the branch, in one pass over memory.
         """
+        x, y = (x, self.ln_1(x)) if branch is None else self.ln_1.add(x, branch)
         x, y = self.ln_2.add(x, self.attn(y, append))
         return x, self.mlp(y)
 

@@ -1,5 +1,6 @@
 """AdamW for a whole model in one kernel call, with gradient clipping fused in."""
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
@@ -36,6 +37,9 @@ class AdamW(torch.optim.Optimizer):
     Moments are fp32 beside half-precision parameters and have the parameters' dtype otherwise.
     ``state_dict`` has the layout of torch.optim.AdamW: either can load the other's. Masters that a
     loaded state lacks are made from the parameters at the next step.
+
+    Parameters, gradients and state may be DTensors, as under FSDP2 (``fully_shard``): each process
+    updates its own part, and the norm is that of the whole, the same on all.
 
     A gradient that is not finite is treated as torch does: it spreads into the parameters. Look at
     :attr:`grad_norm` where that must not go unseen; it is not finite then.
@@ -126,7 +130,7 @@ class AdamW(torch.optim.Optimizer):
             measure = (
                 run_global_norm if grads and _identical(self._measured, params) else global_norm
             )
-            self.grad_norm = measure(grads)
+            self.grad_norm = measure(grads) if _PLAIN.issuperset(map(type, grads)) else _norm(grads)
             self._measured = params
             scale = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         for index, params in enumerate(found):
@@ -212,6 +216,8 @@ class AdamW(torch.optim.Optimizer):
             masters = [state["master"] for state in theirs] if mastered else None
             steps = [state["step"] for state in theirs] if number is None else number
             # What was right at the last step still is; gradients fit by PyTorch's own rules.
+            some, grads, first, second = map(_local, (some, grads, first, second))
+            masters = None if masters is None else _local(masters)
             lists = [some, first, second, masters or []]
             known = self._checked.get((index, mastered))
             if known is None or not all(map(_identical, known, lists)):
@@ -253,6 +259,43 @@ class AdamW(torch.optim.Optimizer):
                 for name in (*MOMENTS, *(["master"] if kept else [])):
                     if state[name].dtype != moment_dtype(p):  # PyTorch has rounded it
                         state[name] = saved[name].to(p.device, moment_dtype(p))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """This process's part of tensors that are shared out; plain ones as they are."""
+    if _PLAIN.issuperset(map(type, tensors)):
+        return tensors
+    return [t.to_local() if isinstance(t, _dtensor()) else t for t in tensors]
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    """The norm over all parts of gradients that are shared out, each part counted once."""
+    parts: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
+    for g in grads:
+        key: tuple[Any, tuple[int, ...]] = (None, ())
+        if isinstance(g, _dtensor()):
+            if any(p.is_partial() for p in g.placements):
+                raise RuntimeError(f"a gradient is not yet summed over processes: {g.placements}")
+            sharded = (i for i, p in enumerate(g.placements) if not p.is_replicate())
+            key = g.device_mesh, tuple(sharded)
+        parts.setdefault(key, []).append(g)
+    squares = []
+    for (mesh, dims), some in parts.items():
+        square = global_norm(_local(some)).double().square()  # in fp64 no fp32 norm overflows
+        for dim in dims:
+            torch.distributed.all_reduce(square, group=mesh.get_group(dim))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt().float()
+
+
+@functools.cache
+def _dtensor() -> type[Any]:
+    from torch.distributed.tensor import DTensor  # slow to import, and not in every build
+
+    return DTensor
 
 
 def _identical(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

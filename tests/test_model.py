@@ -394,3 +394,26 @@ def test_wrong_config_is_named(changes: dict[str, float], message: str) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="unknown model 'gpt3'; known are gpt2, gpt2-medium"):
         GPTConfig.from_name("gpt3")
+
+
+def test_gradient_checkpointing_changes_no_bit() -> None:
+    """Blocks are computed twice, with the same dropout."""
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=30, block_size=8, dropout=0.2))
+    idx = torch.randint(30, (3, 8))
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.transformer.h[0].register_forward_pre_hook(count)
+    found = []
+    for again in (False, True):
+        model.transformer.gradient_checkpointing = again
+        torch.manual_seed(4)
+        model.zero_grad()
+        _, loss = model(idx, idx)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+        assert calls == (3 if again else 1)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("GPT2FAST_TRACEBACK"):
             raise
-        print(f"error: {_told(error)}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's
+        which = "" if rank == "0" else f" in process {rank}"
+        print(f"error{which}: {_told(error)}", file=sys.stderr)
         return 1
 
 

@@ -5,6 +5,8 @@ Python's own source code for at most two minutes. With --data it is a trainer; i
 GPT-2's recipe. Settings come from --config and, above it, the flags.
 
 Ctrl-C finishes the step and saves; --resume goes on, to the same bits as without a break.
+
+On many GPUs: torchrun --nproc-per-node 8 -m gpt2fast train ...
 """
 
 from __future__ import annotations
@@ -62,8 +64,12 @@ def _metavar(name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train or resume, print the report; 0, or 128 + the number of the signal that stopped it."""
+    """Train or resume, print the report; 0, or 128 + the number of the signal that stopped it.
+
+    Of the processes that torchrun starts only the first one prints.
+    """
     from gpt2fast.training.config import TrainConfig, load_config, read_settings
+    from gpt2fast.training.distributed import environment
     from gpt2fast.training.job import Result, resume_run, start_run
     from gpt2fast.training.runs import newest_run
 
@@ -81,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         result = resume_run(path, settings)
     else:
         result = start_run(load_config(args.config, flags), args.out, overwrite=args.overwrite)
+    if environment().rank > 0:
+        return 0 if result.signal is None else 128 + result.signal
     run_folder = shlex.quote(str(result.run))
     if result.signal is not None:
         print(

@@ -209,7 +209,7 @@ class BatchLoader:
         """Where the next batch begins, as JSON values: the same on every rank.
 
         ``epoch`` and ``position`` count windows over all ranks, so that a run may continue with
-        another ``world_size`` and see the same windows.
+        another ``world_size`` or ``batch_size`` and see the same windows.
         """
         return {"epoch": self.epoch, "position": self._position, "of": self._identity()}
 
@@ -225,7 +225,7 @@ class BatchLoader:
         here = self._identity()
         if differences := [
             f"{key} is {of.get(key)!r} in the state and {here.get(key)!r} here"
-            for key in sorted(here.keys() | of.keys())
+            for key in sorted(here)
             if here.get(key) != of.get(key)
         ]:
             raise ValueError("the state belongs to another loader: " + "; ".join(differences))
@@ -240,7 +240,6 @@ class BatchLoader:
         return {
             "dataset": self.dataset.fingerprint,
             "tokens": self.dataset.tokens,
-            "batch_size": self.batch_size,
             "block_size": self.block_size,
             "seed": self.seed,
             "shuffle": self.shuffle,

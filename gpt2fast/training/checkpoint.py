@@ -4,7 +4,7 @@ checkpoints/step_00001000/
     config.json, model.safetensors      the model, as Hugging Face's GPT2LMHeadModel opens it
     gpt2fast_tokenizer.json             what its tokens mean
     train_config.json                   the run's configuration
-    training.safetensors                optimizer state and random generators
+    training.safetensors                optimizer state and random generators of all processes
     training.json                       step, loader position, learning-rate groups
     checkpoint.json                     the list of files and their sizes
 
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from gpt2fast.data.tokenizers import Gpt2Tokenizer, Tokenizer, tokenizer_from_json
 from gpt2fast.training.config import TrainConfig
+from gpt2fast.training.distributed import ALONE, Ranks, gathered, parted_like
 from gpt2fast.training.runs import CHECKPOINTS, CONFIG, newest_run
 
 if TYPE_CHECKING:
@@ -106,15 +107,21 @@ class Checkpoint:
         except (ValueError, OSError) as error:
             raise CheckpointError(str(error)) from error
 
-    def restore(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Load optimizer and random generators; returns the trainer's own state."""
+    def restore(self, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> dict[str, Any]:
+        """Load optimizer and random generators; returns the trainer's own state.
+
+        A process that the run did not have gets random generators of its own.
+        """
         state = self._json(STATE)
         path = self.folder / TENSORS
         try:
             tensors = load_file(path)
             _restore_optimizer(optimizer, state["optimizer"], tensors)
-            _restore_generators(state["random"], tensors)
             trainer = dict(state["trainer"])
+            if ranks.rank < len(state["random"]):
+                _restore_generators(state["random"][ranks.rank], tensors, ranks.rank)
+            else:
+                ranks.seed(self.config().seed, trainer["step"])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
@@ -144,14 +151,52 @@ def save_checkpoint(
     config: TrainConfig,
     trainer: Mapping[str, Any],
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Checkpoint:
     """Write `folder`/step_<step> and delete all but the `keep` newest whole checkpoints.
 
-    Older ones go only when the new one is on disk.
+    Older ones go only when the new one is on disk. Of many processes all are to call it, and the
+    first one writes: the same files whatever their number, and whether the model is in parts.
 
     Raises:
         OSError: it could not be written (a full disk is named so); what was there before is whole.
     """
+    whole = ranks.whole(model)
+    groups, tensors = _optimizer_state(optimizer, ranks)
+    generators = ranks.collect(_generators_state())
+
+    def write() -> Checkpoint:
+        assert whole is not None  # on the first process
+        described: list[Any] = []
+        states: dict[str, Tensor] = {}
+        for rank, (python, own) in enumerate(generators):
+            described.append(python)
+            states |= {f"random.{rank}.{name}": tensor for name, tensor in own.items()}
+        return _write(
+            folder,
+            step,
+            model=whole,
+            tensors={**tensors, **states},
+            state={"trainer": dict(trainer), "optimizer": groups, "random": described},
+            tokenizer=tokenizer,
+            config=config,
+            keep=keep,
+        )
+
+    return ranks.on_first(write)
+
+
+def _write(
+    folder: Path,
+    step: int,
+    *,
+    model: GPT,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    keep: int,
+) -> Checkpoint:
     target = folder / f"step_{step:08d}"
     temporary = folder / f".writing-{target.name}"
     try:
@@ -161,10 +206,7 @@ def save_checkpoint(
         model.save_pretrained(temporary)
         _write_json(temporary / TOKENIZER, tokenizer.to_json())
         config.save(temporary / CONFIG)
-        groups, tensors = _optimizer_state(optimizer)
-        generators, states = _generators_state()
-        save_file({**tensors, **states}, temporary / TENSORS)
-        state = {"trainer": dict(trainer), "optimizer": groups, "random": generators}
+        save_file(tensors, temporary / TENSORS)
         _write_json(temporary / STATE, state)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         manifest = {"format": "gpt2fast-checkpoint", "version": 1, "step": step, "files": sizes}
@@ -306,16 +348,21 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state_dict as JSON values and, apart, its tensors."""
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state_dict as JSON values and, apart, its tensors, on the first process."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
+                full = gathered(value.detach())
+                if not ranks.first:
+                    continue
                 # Cloned only where it is a view, which safetensors refuses.
-                tensor = value.detach().cpu().contiguous()
+                tensor = full.cpu().contiguous()
                 whole = tensor.untyped_storage().nbytes() == tensor.nbytes
                 tensors[f"optimizer.{index}.{name}"] = tensor if whole else tensor.clone()
             else:
@@ -349,27 +396,26 @@ def _restore_optimizer(
                     f"optimizer state {name} of parameter {index} has shape {tuple(value.shape)}, "
                     f"the parameter {tuple(parameters[index].shape)}"
                 )
+            if isinstance(value, Tensor):
+                entries[name] = parted_like(value, parameters[index])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _generators_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Python's and PyTorch's global random generators."""
+def _generators_state() -> tuple[list[Any], dict[str, Tensor]]:
+    """Python's and PyTorch's global random generators of this process."""
     version, words, gauss = random.getstate()
-    tensors = {"random.torch": torch.get_rng_state()}
+    tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"random.cuda.{index}"] = state
-    return {"python": [version, list(words), gauss]}, tensors
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return [version, list(words), gauss], tensors
 
 
-def _restore_generators(described: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    version, words, gauss = described["python"]
+def _restore_generators(python: list[Any], tensors: Mapping[str, Tensor], rank: int) -> None:
+    version, words, gauss = python
     random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(tensors["random.torch"])
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if (state := tensors.get(f"random.cuda.{index}")) is not None:
-                torch.cuda.set_rng_state(state, index)
+    torch.set_rng_state(tensors[f"random.{rank}.torch"])
+    if torch.cuda.is_available() and (state := tensors.get(f"random.{rank}.cuda")) is not None:
+        torch.cuda.set_rng_state(state)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -43,6 +43,8 @@ RESUMABLE: Final = frozenset(
         "keep_checkpoints",
         "sample_tokens",
         "compare_reference",
+        "gradient_checkpointing",
+        "parallel",
     }
 )
 
@@ -76,9 +78,17 @@ class TrainConfig(BaseModel):
     data: str | None = _field(
         None, "data", "folder that `gpt2fast prepare` made (default: Python's own source text)"
     )
-    batch_size: int = _field(4, "data", "rows a micro-batch", ge=1)
+    batch_size: int = _field(
+        4, "data", "rows a micro-batch, at most; each of many processes holds so many", ge=1
+    )
     block_size: int = _field(1024, "data", "tokens a row: the context length", ge=1)
-    grad_accum: int = _field(1, "data", "micro-batches a step", ge=1)
+    grad_accum: int = _field(
+        1,
+        "data",
+        "micro-batches a step, of all processes together: a step is batch_size x grad_accum rows "
+        "on any number of them",
+        ge=1,
+    )
 
     max_steps: int = _field(1000, "schedule", "optimizer steps", ge=1)
     max_minutes: float | None = _field(
@@ -114,6 +124,14 @@ class TrainConfig(BaseModel):
     device: str = _field("auto", "machine", "auto (a GPU where there is one), cpu or cuda")
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = _field(
         "auto", "machine", "kernels: auto, reference (plain PyTorch), cpu, triton or cuda"
+    )
+    parallel: Literal["ddp", "fsdp"] = _field(
+        "ddp",
+        "machine",
+        "under torchrun: ddp (each process holds the model) or fsdp (each a part of it: FSDP2)",
+    )
+    gradient_checkpointing: bool = _field(
+        False, "machine", "compute activations again in backward: less memory, a third more work"
     )
     compile: bool = _field(False, "machine", "compile the model with torch.compile")
     threads: int | None = _field(None, "machine", "CPU threads (default: PyTorch's)", ge=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -14,12 +15,17 @@ class StopSignals:
     """Within the block `received` is the signal that came, or None.
 
     Outside the main thread, where Python delivers no signals, it stays None.
+
+    Args:
+        deaf_seconds: a second signal within this time of the first is the first one's echo.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, deaf_seconds: float = 0.0) -> None:
         self.received: int | None = None
+        self._deaf_seconds = deaf_seconds
+        self._heard = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -29,10 +35,11 @@ class StopSignals:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._heard = number, time.monotonic()
+        elif time.monotonic() - self._heard >= self._deaf_seconds:
             self._restore()
             raise KeyboardInterrupt
-        self.received = number
 
     def __exit__(
         self,

@@ -24,6 +24,7 @@ from gpt2fast.training.checkpoint import (
 )
 from gpt2fast.training.compare import Comparison, compare_with_reference
 from gpt2fast.training.config import TrainConfig
+from gpt2fast.training.distributed import Ranks, join, share_rows
 from gpt2fast.training.progress import Progress, duration
 from gpt2fast.training.report import plot_losses, summary, write_report
 from gpt2fast.training.runs import CHECKPOINTS, CONFIG, METRICS, create_run
@@ -72,8 +73,8 @@ def start_run(
         OSError, RuntimeError: a file cannot be read or written; the loss is not finite
             (`Diverged`); a backend or device cannot run here.
     """
-    progress = progress or Progress()
-    with _machine(config):
+    with _machine(config), join(_device(config)) as ranks:
+        progress = (progress or Progress()) if ranks.first else Progress.silent()
         _check_before(config, out)
         # A wrong data folder or other weights than the data's are found before a folder is made.
         tokenizer: Tokenizer = ByteTokenizer()
@@ -86,14 +87,20 @@ def start_run(
                 BatchLoader(data, config.batch_size, config.block_size)  # long enough for a row?
             tokenizer = data.tokenizer
         build_model(config, tokenizer, on="meta")
-        run = create_run(out, overwrite=overwrite)
-        config.save(run / CONFIG)
-        train_data, val_data = _open_data(config, run, progress)
+        share_rows(config, ranks.world_size)
+
+        def make_run() -> Path:
+            run = create_run(out, overwrite=overwrite)
+            config.save(run / CONFIG)
+            return run
+
+        run = ranks.on_first(make_run)
+        train_data, val_data = _open_data(config, run, progress, ranks)
         torch.manual_seed(config.seed)
         model = build_model(config, val_data.tokenizer).to(_device(config))
-        trainer = Trainer(
-            config, run, model, make_optimizer(model, config), train_data, val_data, progress
-        )
+        if not ranks.first:
+            ranks.seed(config.seed)  # dropout; the weights are the same on all
+        trainer = _trainer(config, run, model, train_data, val_data, progress, ranks)
         progress.line(_headline(trainer, train_data))
         return _train_and_report(trainer, train_data)
 
@@ -116,28 +123,29 @@ def resume_run(
     progress = progress or Progress()
     damaged: list[str] = []
     checkpoint = find_checkpoint(path, damaged)
-    for problem in damaged:
-        progress.line(f"warning: passed over a damaged checkpoint: {problem}")
     run = checkpoint.folder.parent.parent
     if checkpoint.folder.parent.name != CHECKPOINTS or not (run / CONFIG).is_file():
         raise ValueError(f"{path} is not in a run folder: start from it with --init-from")
     saved = checkpoint.config()
     config = saved.resumed_with(changes or {})
-    with _machine(config):
-        train_data, val_data = _open_data(config, run, progress)
+    with _machine(config), join(_device(config)) as ranks:
+        progress = progress if ranks.first else Progress.silent()
+        for problem in damaged:
+            progress.line(f"warning: passed over a damaged checkpoint: {problem}")
+        if len({step for (step,) in ranks.all(checkpoint.step)}) > 1:
+            raise ValueError(f"{run}: its processes see different files: use a disk they share")
+        train_data, val_data = _open_data(config, run, progress, ranks)
         model = checkpoint.model(dropout=config.dropout).to(_device(config))
         _check_vocabulary(
             str(checkpoint.folder), load_tokenizer(checkpoint.folder, model.config.vocab_size),
             val_data,
         )  # fmt: skip
-        trainer = Trainer(
-            config, run, model, make_optimizer(model, config), train_data, val_data, progress
-        )
+        trainer = _trainer(config, run, model, train_data, val_data, progress, ranks)
         extended = config.max_steps != saved.max_steps or config.max_minutes != saved.max_minutes
-        state = checkpoint.restore(trainer.optimizer)
+        state = checkpoint.restore(trainer.optimizer, ranks)
         trainer.load_state_dict(state, keep_final=not extended)
         _check_something_left(trainer, run)
-        config.save(run / CONFIG)
+        ranks.on_first(lambda: config.save(run / CONFIG))
         progress.line(f"resuming {run} at step {trainer.step:,} of {trainer.end:,}")
         return _train_and_report(trainer, train_data)
 
@@ -244,11 +252,28 @@ def _check_before(config: TrainConfig, out: Path | None) -> None:
             raise ValueError(f"the data {config.data} lies in the run folder {out}: move it out")
 
 
+def _trainer(
+    config: TrainConfig,
+    run: Path,
+    model: GPT,
+    train_data: TokenDataset,
+    val_data: TokenDataset,
+    progress: Progress,
+    ranks: Ranks,
+) -> Trainer:
+    model = ranks.shard(model, config)
+    optimizer = make_optimizer(model, config)
+    return Trainer(config, run, model, optimizer, train_data, val_data, progress, ranks)
+
+
 def _open_data(
-    config: TrainConfig, run: Path, progress: Progress
+    config: TrainConfig, run: Path, progress: Progress, ranks: Ranks
 ) -> tuple[TokenDataset, TokenDataset]:
     folder = Path(config.data) if config.data is not None else run / "data"
-    if config.data is None and not (folder / "manifest.json").exists():
+
+    def prepare_default() -> None:
+        if config.data is not None or (folder / "manifest.json").exists():
+            return
         progress.line("preparing the offline default text: source code of Python's own library")
         prepare(
             "stdlib",
@@ -258,6 +283,8 @@ def _open_data(
             overwrite=folder.exists(),
             progress=False,
         )
+
+    ranks.on_first(prepare_default)
     return TokenDataset(folder, "train"), TokenDataset(folder, "val")
 
 
@@ -291,11 +318,14 @@ def _train_and_report(trainer: Trainer, train_data: TokenDataset) -> Result:
     run, checkpoint = trainer.run, outcome.checkpoint.folder
     if outcome.signal is not None and trainer.step < trainer.end:
         return Result(run, outcome.step, checkpoint, signal=outcome.signal)
-    config, model, val_data = trainer.config, trainer.model, trainer.val_data
-    progress = trainer.progress
+    config, val_data, progress = trainer.config, trainer.val_data, trainer.progress
     progress.line("validating")
-    val_loss = evaluate(model, val_data, config, config.eval_batches)
+    val_loss = evaluate(trainer.model, val_data, config, config.eval_batches, ranks=trainer.ranks)
     assert val_loss is not None
+    whole = trainer.ranks.whole(trainer.model)
+    if whole is None:  # the first process reports
+        return Result(run, outcome.step, checkpoint, None, val_loss)
+    model = whole.to(trainer.device)
     with open(run / METRICS, "a", encoding="utf-8") as metrics:
         metrics.write(f'{{"step": {outcome.step}, "val_loss": {val_loss}}}\n')
     bigram: float | None = None

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
-from typing import TextIO
+from typing import Self, TextIO
 
 __all__ = ["Progress", "duration"]
+
+
+class _Nowhere(io.StringIO):
+    def write(self, text: str) -> int:
+        return len(text)
+
 
 SPARSE_SECONDS = 10.0
 LIVE_SECONDS = 0.1
@@ -56,6 +63,11 @@ class Progress:
             self._write("\r" + " " * self._width + "\r")
             self._width = 0
         self._write(text + "\n")
+
+    @classmethod
+    def silent(cls) -> Self:
+        """One that shows nothing, of a process that is not the first."""
+        return cls(_Nowhere())
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import torch
 from gpt2fast.data import BatchLoader, TokenDataset, sequential_batches
 from gpt2fast.training.checkpoint import Checkpoint, save_checkpoint
 from gpt2fast.training.config import TrainConfig
+from gpt2fast.training.distributed import ALONE, Forward, Ranks, share_rows
 from gpt2fast.training.interrupt import StopSignals
 from gpt2fast.training.progress import Progress
 from gpt2fast.training.runs import CHECKPOINTS, METRICS
@@ -65,26 +68,34 @@ def evaluate(
     config: TrainConfig,
     batches: int,
     cancelled: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> float | None:
     """Mean loss in nats a token over the first `batches` of the data; None if `cancelled`.
 
-    Draws no random numbers, so that a run is the same with more or fewer validations.
+    Draws no random numbers, so that a run is the same with more or fewer validations. Of many
+    processes all are to call it: they take the batches in turn, and all get the mean.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total = count = 0.0
     try:
-        for x, y in sequential_batches(dataset, config.batch_size, config.block_size, batches):
+        left = sequential_batches(dataset, config.batch_size, config.block_size, batches)
+        while turn := list(islice(left, ranks.world_size)):
             if cancelled():
                 return None
+            # One for whom no batch is left runs another's: parts of a model are gathered together.
+            mine = ranks.rank < len(turn)
+            x, y = turn[ranks.rank] if mine else turn[0]
             with autocast(config, device):
                 _, loss = model(x.to(device), y.to(device))
-            total += float(loss) * y.numel()
-            count += y.numel()
+            if mine:
+                total += float(loss) * y.numel()
+                count += y.numel()
     finally:
         model.train(was_training)
-    return total / count
+    totals, counts = zip(*ranks.all(total, count), strict=True)
+    return sum(totals) / sum(counts)
 
 
 class Trainer:
@@ -93,10 +104,12 @@ class Trainer:
     Args:
         config: the run's configuration.
         run: the run's folder; metrics are appended and checkpoints written there.
-        model: on its device; fp32 weights.
+        model: on its device; fp32 weights; as `ranks.shard` gave it.
         optimizer: of the model's parameters.
         train_data, val_data: of one tokenizer, the model's.
         progress: what the user sees.
+        ranks: the processes that train together, each with a trainer of its own. The first one
+            writes; all take the same steps and end at the same one.
     """
 
     def __init__(
@@ -108,7 +121,9 @@ class Trainer:
         train_data: TokenDataset,
         val_data: TokenDataset,
         progress: Progress,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.config = config
         self.run = run
         self.model = model
@@ -116,13 +131,21 @@ class Trainer:
         self.val_data = val_data
         self.progress = progress
         self.device = next(model.parameters()).device
+        rows, self._accumulate = share_rows(config, ranks.world_size)
         self.loader = BatchLoader(
-            train_data, config.batch_size, config.block_size, seed=config.seed
+            train_data,
+            rows,
+            config.block_size,
+            seed=config.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
         )
         self.step = 0
         self.final: FinalDecay | None = None
         self.elapsed = 0.0  # seconds of training, earlier sessions included
-        self._forward: Any = torch.compile(model) if config.compile else model
+        model.transformer.gradient_checkpointing = config.gradient_checkpointing
+        self._forward = Forward(model, config, ranks)
+        self._signal: int | None = None  # that any of the processes got
         self._seconds_per_step: float | None = None
         self._session: tuple[float, int] = (0.0, 0)  # when this session began, and at which step
         self._clock = 0.0
@@ -134,7 +157,7 @@ class Trainer:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that a step trains on."""
+        """Tokens that a step trains on, of all processes."""
         return self.config.batch_size * self.config.block_size * self.config.grad_accum
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,6 +169,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "processes": self.ranks.world_size,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], keep_final: bool = True) -> None:
@@ -154,8 +178,9 @@ class Trainer:
         self.step = int(state["step"])
         self.elapsed = float(state["elapsed"])
         self.final = FinalDecay(**state["final"]) if state["final"] and keep_final else None
-        for name, here in (("torch", torch.__version__), ("threads", torch.get_num_threads())):
-            if state[name] != here:
+        here_now = self.state_dict()
+        for name in ("torch", "threads", "processes"):
+            if state[name] != (here := here_now[name]):
                 self.progress.line(
                     f"note: the run had {name} {state[name]}, here it is {here}: "
                     "results may differ in the last bits"
@@ -171,16 +196,18 @@ class Trainer:
         config = self.config
         self._session = (self.elapsed, self.step)
         self._clock = time.perf_counter() - self.elapsed
-        self._cut_metrics()
+        self.ranks.on_first(self._cut_metrics)
         saved: Checkpoint | None = None
         self.model.train()
+        path = self.run / METRICS if self.ranks.first else os.devnull
+        # What many processes were sent as a group torchrun sends them again.
         with (
-            StopSignals() as stop,
-            open(self.run / METRICS, "a", encoding="utf-8", buffering=1) as metrics,
+            StopSignals(deaf_seconds=1.0 if self.ranks.world_size > 1 else 0.0) as stop,
+            open(path, "a", encoding="utf-8", buffering=1) as metrics,
         ):
             if self.step == 0 and config.eval_interval:
                 self._validate(metrics, stop)
-            while self.step < self.end and stop.received is None:
+            while self.step < self.end and not self._stopped(stop):
                 began = time.perf_counter()
                 record = self._train_step()
                 seconds = time.perf_counter() - began
@@ -194,7 +221,12 @@ class Trainer:
                     saved = self.save()
             if saved is None or saved.step != self.step:
                 saved = self.save()
-        return Outcome(self.step, saved, stop.received)
+        return Outcome(self.step, saved, self._signal)
+
+    def _stopped(self, stop: StopSignals) -> bool:
+        """Whether any process got a signal by now, when all of them ask."""
+        self._signal = int(max(self.ranks.all(stop.received or 0))[0]) or None
+        return self._signal is not None
 
     def save(self) -> Checkpoint:
         """Write a checkpoint of this step."""
@@ -207,6 +239,7 @@ class Trainer:
             config=self.config,
             trainer=self.state_dict(),
             keep=self.config.keep_checkpoints,
+            ranks=self.ranks,
         )
 
     def _train_step(self) -> dict[str, Any]:
@@ -216,14 +249,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros((), device=self.device)
-        for _ in range(config.grad_accum):
+        for left in reversed(range(self._accumulate)):
             x, y = next(self.loader)
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             with autocast(config, self.device):
-                _, loss = self._forward(x, y)
-            (loss / config.grad_accum).backward()
+                loss = self._forward(x, y, sync=left == 0)
+            (loss / self._accumulate).backward()
             total += loss.detach()
-        mean = float(total) / config.grad_accum
+        own = self.ranks.all(float(total) / self._accumulate)
+        mean = sum(loss for (loss,) in own) / len(own)
         self._check_finite("the loss", mean, rate)  # before the update: the weights stay good
         self.optimizer.step()
         measured = self.optimizer.grad_norm
@@ -262,6 +296,7 @@ class Trainer:
         """Begin the final decay when the time limit asks for it; end when it is over."""
         if self.config.max_minutes is None or self.step >= self.end:
             return
+        self.elapsed = self.ranks.all(self.elapsed)[0][0]  # by the first one's clock for all
         left = 60 * self.config.max_minutes - self.elapsed
         if left <= 0:
             self.final = FinalDecay(self.step - 1, 1)
@@ -282,7 +317,8 @@ class Trainer:
             self.val_data,
             self.config,
             self.config.eval_batches,
-            cancelled=lambda: stop.received is not None,
+            cancelled=lambda: self._stopped(stop),
+            ranks=self.ranks,
         )
         if loss is None:
             return
