@@ -20,6 +20,7 @@ HELP = "train a GPT; without arguments a two-minute demonstration"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of TrainConfig, and those that say where."""
+    from gpt2fast.recipes import recipes
     from gpt2fast.training.config import TrainConfig
 
     where = parser.add_argument_group("the run")
@@ -36,7 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="go on with a run or checkpoint folder (default: the newest run)",
     )
     where.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings as a .toml or .json file"
+        "--config",
+        metavar="FILE",
+        help=f"settings as a .toml or .json file, or a recipe: {', '.join(recipes())}",
     )
     groups: dict[str, Any] = {}
     for name, field in TrainConfig.model_fields.items():
@@ -58,11 +61,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _metavar(name: str) -> str:
-    return {"data": "DIR", "init_from": "DIR", "model": "NAME"}.get(name, "X")
+    return {"data": "DIR", "init_from": "MODEL", "model": "NAME"}.get(name, "X")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train or resume, print the report; 0, or 128 + the number of the signal that stopped it."""
+    from gpt2fast.recipes import find_recipe
     from gpt2fast.training.config import TrainConfig, load_config, read_settings
     from gpt2fast.training.job import Result, resume_run, start_run
     from gpt2fast.training.runs import newest_run
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         if args.out is not None or args.overwrite:
             raise ValueError("--resume goes on in the run's own folder: leave --out, --overwrite")
         path = newest_run() if args.resume == Path() else args.resume
-        settings = {**(read_settings(args.config) if args.config else {}), **flags}
+        settings = {**(read_settings(find_recipe(args.config)) if args.config else {}), **flags}
         result = resume_run(path, settings)
     else:
         result = start_run(load_config(args.config, flags), args.out, overwrite=args.overwrite)
