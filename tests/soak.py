@@ -22,6 +22,7 @@ from pathlib import Path
 
 import gpt2fast.training.job
 from gpt2fast.cli import main as gpt2fast_main
+from gpt2fast.data.shards import MANIFEST, MARKER
 from gpt2fast.training.checkpoint import list_checkpoints
 
 SECONDS_AT_MOST = 300.0
@@ -54,22 +55,24 @@ def session(words: Sequence[str], alive: float | None) -> bool:
 def soak(
     kills: int,
     draw: random.Random,
-    command: Callable[[Path], list[str]],
+    command: Callable[[Path], list[str] | None],
     compare: Callable[[Path, Path], None],
     folder: Path,
 ) -> int:
     """Kills sessions until the kills are used up; returns how many runs came whole out of it.
 
-    `command` tells how to begin or go on with what is in a folder.
+    `command` tells how to begin or go on with what is in a folder; None: it is done.
     """
     whole = folder / "whole"
     began = time.monotonic()
-    session(command(whole), None)
+    session(command(whole) or [], None)
     length = time.monotonic() - began
     runs = done = 0
     while done < kills:
         run = folder / f"run{runs}"
-        while not session(command(run), draw.uniform(0, length) if done < kills else None):
+        while words := command(run):
+            if session(words, draw.uniform(0, length) if done < kills else None):
+                break
             done += 1
         compare(whole, run)
         runs += 1
@@ -88,7 +91,10 @@ def soak_prepare(kills: int, folder: Path, seed: int = 0, documents: int = 8000)
         )
         (source / f"{part}.jsonl").write_text("\n".join(lines))
 
-    def command(out: Path) -> list[str]:
+    def command(out: Path) -> list[str] | None:
+        if (out / MANIFEST).exists():  # killed between the last file and the process's end
+            (out / MARKER).unlink(missing_ok=True)
+            return None
         options = ["--tokenizer", "byte", "--shard-tokens", "20000", "--val-fraction", "0.1"]
         return ["prepare", str(source), "--out", str(out), *options]
 
