@@ -130,9 +130,10 @@ class Layer(Block):
         x: Tensor,
         branch: Tensor | None,
         append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`gpt2fast.nn.Block.branches`."""
-        return self.branches(x, branch, append)
+        return self.branches(x, branch, append, cu_seqlens)
 
 
 class Transformer(nn.Module):
@@ -151,21 +152,37 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """See :meth:`GPT.hidden`."""
-        position = 0 if cache is None else cache.length
-        x = functional.embedding(idx, self.wte.weight, self.wpe.weight, position)
+        if cu_seqlens is None:
+            position = 0 if cache is None else cache.length
+            x = functional.embedding(idx, self.wte.weight, self.wpe.weight, position)
+        else:
+            x = self._embed_documents(idx, cu_seqlens)
         x, branch = self.drop(x), None
         for layer, block in enumerate(self.h):
+            append = None if cache is None else cache.appender(layer)
             if self.gradient_checkpointing and self.training:
-                x, branch = checkpoint(block, x, branch, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, append, cu_seqlens, use_reentrant=False)
             else:
-                x, branch = block(x, branch, None if cache is None else cache.appender(layer))
+                x, branch = block(x, branch, append, cu_seqlens)
         assert branch is not None  # there is a block
         _, y = self.ln_f.add(x, branch)
         if cache is not None:
             cache.length += idx.shape[1]
         return y
+
+    def _embed_documents(self, idx: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Token and position embedding, with the positions of each document counted from 0."""
+        where = torch.arange(idx.numel(), dtype=torch.int32, device=idx.device)
+        document = torch.searchsorted(cu_seqlens, where, right=True) - 1
+        positions = (where - cu_seqlens[document]).view(idx.shape)
+        # The function adds rows of a second table by place: here none, as places are not positions.
+        nothing = self.wte.weight.new_zeros(idx.shape[1], self.wte.weight.shape[1])
+        tokens = functional.embedding(idx, self.wte.weight, nothing)
+        return tokens + functional.embedding(positions, self.wpe.weight, nothing)
 
 
 class GPT(nn.Module):
@@ -204,13 +221,17 @@ class GPT(nn.Module):
         weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
         return 6.0 * weights + 6.0 * config.n_layer * length * config.n_embd
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """The final norm's output (B, T, C) for token ids idx (B, T), before the head.
 
-        With a cache, idx continues the positions that the cache holds and is added to it.
+        With a cache, idx continues the positions that the cache holds and is added to it. For
+        `cu_seqlens` see `forward`.
 
         Raises:
-            TypeError, ValueError: idx is not a (B, T) integer tensor, or too long.
+            TypeError, ValueError: idx is not a (B, T) integer tensor, or too long; a cache and
+                cu_seqlens are both given.
         """
         if not isinstance(idx, Tensor) or idx.dim() != 2:
             raise ValueError(f"idx must be a tensor of shape (B, T), got {_describe(idx)}")
@@ -220,7 +241,9 @@ class GPT(nn.Module):
             raise ValueError(
                 f"idx has {idx.shape[1]} positions after {position} cached ones, more than {limit}"
             )
-        return self.transformer(idx, cache)
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("a cache holds one document a row: cu_seqlens cannot be given, too")
+        return self.transformer(idx, cache, cu_seqlens)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., C); a view without the pad columns."""
@@ -228,7 +251,11 @@ class GPT(nn.Module):
         return logits[..., : self.config.vocab_size]
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = False
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        return_logits: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """Logits, or logits and loss.
 
@@ -236,6 +263,10 @@ class GPT(nn.Module):
             idx: token ids (B, T), int64, T <= block_size.
             targets: token ids (B, T) that each position should predict; -100 is left out.
             return_logits: also give the logits beside the loss, at the cost of their memory.
+            cu_seqlens: borders of packed documents, (D + 1,), int32, on idx's device, as
+                `flash_attn_varlen_func` takes them: counted over the B T tokens with the rows end
+                to end, rising from 0 to B T; none longer than T. No document sees another, and the
+                positions of each count from 0: its logits are those of the document alone.
 
         Returns:
             Without targets the logits (B, T, vocab_size); with targets (logits or None, mean loss
@@ -245,7 +276,7 @@ class GPT(nn.Module):
             TypeError, ValueError: a wrong argument, named.
             IndexError: a token id outside the vocabulary (CPU backend; elsewhere by contract).
         """
-        hidden = self.hidden(idx)
+        hidden = self.hidden(idx, cu_seqlens=cu_seqlens)
         if targets is None:
             return self.head(hidden)
         if not isinstance(targets, Tensor) or targets.shape != idx.shape:

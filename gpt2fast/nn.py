@@ -118,18 +118,27 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x: Tensor, append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self,
+        x: Tensor,
+        append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
         `append` takes this call's keys and values (B, T, H, D) and returns those of all positions
-        so far, for decoding with a key/value cache.
+        so far, for decoding with a key/value cache. `cu_seqlens` (D + 1,), int32, are the borders
+        of documents in the B T positions, none longer than T: no document sees another.
         """
         batch, length, _ = x.shape
         packed = (batch, length, 3, self.n_head, self.n_embd // self.n_head)
         qkv = self.c_attn(x).view(packed)
         dropout = self.dropout if self.training else 0.0
-        if append is None:
+        if cu_seqlens is not None:
+            q, k, v = qkv.flatten(0, 1).unbind(1)
+            y = functional.flash_attn_varlen_func(
+                q, k, v, cu_seqlens, cu_seqlens, length, length, dropout_p=dropout, causal=True
+            )
+        elif append is None:
             y = functional.flash_attn_qkvpacked_func(qkv, dropout_p=dropout, causal=True)
         else:
             query, key, value = qkv.unbind(2)
@@ -181,13 +190,14 @@ class Block(nn.Module):
         x: Tensor,
         branch: Tensor | None = None,
         append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The same from x + branch, to x after the attention and the MLP's branch, not yet added.
 
         The next norm adds the branch, in one pass over memory.
         """
         x, y = (x, self.ln_1(x)) if branch is None else self.ln_1.add(x, branch)
-        x, y = self.ln_2.add(x, self.attn(y, append))
+        x, y = self.ln_2.add(x, self.attn(y, append, cu_seqlens))
         return x, self.mlp(y)
 
 

@@ -74,6 +74,7 @@ class AdamW(torch.optim.Optimizer):
         self._counters: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._checked: dict[tuple[int, bool], list[list[Tensor]]] = {}
         self._measured: list[Tensor] = []
+        self._known_norm = False
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,6 +84,7 @@ class AdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._counters, self._checked, self._measured = {}, {}, []
+        self._known_norm = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its options are checked.
@@ -97,6 +99,30 @@ class AdamW(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+
+    @torch.no_grad()
+    def measure(self) -> Tensor | None:
+        """:attr:`grad_norm` of the gradients as they are, for a look before the update.
+
+        The next step does not measure again. To skip it call `zero_grad` and nothing else: the
+        parameters and their state are untouched. None where max_norm is None.
+        """
+        if self.max_norm is not None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            self._measure([p for p in params if p.grad is not None])
+            self._known_norm = True
+        return self.grad_norm
+
+    def _measure(self, params: list[Tensor]) -> None:
+        grads = [g for p in params if (g := p.grad) is not None]
+        measure = run_global_norm if grads and _identical(self._measured, params) else global_norm
+        self.grad_norm = measure(grads) if _PLAIN.issuperset(map(type, grads)) else _norm(grads)
+        self._measured = params
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As PyTorch's."""
+        self._known_norm = False
+        super().zero_grad(set_to_none)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -126,12 +152,10 @@ class AdamW(torch.optim.Optimizer):
             self._check_capture(found)
         scale = None
         if self.max_norm is not None:
-            params = [p for params in found for p in params]
-            measure = (
-                run_global_norm if grads and _identical(self._measured, params) else global_norm
-            )
-            self.grad_norm = measure(grads) if _PLAIN.issuperset(map(type, grads)) else _norm(grads)
-            self._measured = params
+            if not self._known_norm or closure is not None:
+                self._measure([p for params in found for p in params])
+            self._known_norm = False
+            assert self.grad_norm is not None
             scale = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         for index, params in enumerate(found):
             states = [self.state[p] for p in params]

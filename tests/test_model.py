@@ -1,5 +1,6 @@
 """GPT against transformers' GPT-2 with the same random weights; files; cache; backends."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -417,3 +418,43 @@ def test_gradient_checkpointing_changes_no_bit() -> None:
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
         assert calls == (3 if again else 1)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class TestDocuments:
+    """Packed documents: each is computed as if it were alone."""
+
+    BORDERS = (0, 5, 20, 21, 30, 44, 60)  # rows of 30: one border falls on a row's
+
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    def test_each_is_as_it_is_alone(self, backend: str) -> None:
+        model = randomised(TINY)
+        idx, targets = batch(TINY, 2, 30)
+        targets[0, 3:9] = -100
+        borders = torch.tensor(self.BORDERS, dtype=torch.int32)
+        with gpt2fast.use_backend(backend):
+            logits, loss = model(idx, targets, return_logits=True, cu_seqlens=borders)
+            loss.backward()
+        fused = model(idx, targets, cu_seqlens=borders)[1]
+        found = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        parts, summed = [], torch.zeros(())
+        for start, end in itertools.pairwise(self.BORDERS):
+            one = idx.flatten()[None, start:end]
+            parts.append(model(one))
+            summed = summed + torch.nn.functional.cross_entropy(
+                parts[-1][0], targets.flatten()[start:end], reduction="sum"
+            )
+        expected = summed / (targets >= 0).sum()
+        expected.backward()
+        torch.testing.assert_close(logits.flatten(0, 1), torch.cat(parts, 1)[0])
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(fused, expected)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, msg=name)
+
+    def test_a_cache_is_refused(self) -> None:
+        model = randomised(TINY)
+        with pytest.raises(ValueError, match="cu_seqlens cannot be given"):
+            model.hidden(
+                batch(TINY)[0], KVCache(TINY, 3), torch.tensor([0, 29, 58, 87], dtype=torch.int32)
+            )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-COMMANDS = ("info", "prepare", "train", "sample", "eval", "export")
+COMMANDS = ("info", "prepare", "fetch", "train", "sample", "eval", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

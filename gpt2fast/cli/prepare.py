@@ -3,7 +3,12 @@
     gpt2fast prepare fineweb-edu --out data/edu         10B tokens, streamed from the Hub
     gpt2fast prepare crawl/ --out data/crawl            .jsonl, .parquet, .txt; .gz .bz2 .xz .zst
     gpt2fast prepare owner/name --text-field content --out data/name
+    gpt2fast prepare pairs.jsonl --supervised --out data/pairs
     gpt2fast prepare text --input book.txt --tokenizer char --out data/book
+
+Supervised lines are {"prompt": "...", "response": "..."}, which follow each other as they are, or
+{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, which
+become "User: ...", an empty line, "Assistant: ..." and end-of-text.
 
 After Ctrl-C or kill -9 the same command goes on after the last whole shard.
 """
@@ -56,6 +61,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-field", default="text", metavar="NAME", help="of JSON and columns (default: text)"
     )
+    parser.add_argument(
+        "--supervised",
+        action="store_true",
+        help="JSONL of prompt and response, or of messages: train with the loss on responses only",
+    )
     parser.add_argument("--config", metavar="NAME", help="configuration of a data set on the Hub")
     parser.add_argument(
         "--split", default="train", metavar="NAME", help="split of a data set on the Hub [train]"
@@ -85,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         shard_tokens=args.shard_tokens,
         shard_format=args.format,
         text_field=args.text_field,
+        supervised=args.supervised,
         dataset_config=args.config,
         dataset_split=args.split,
         workers=args.workers,

@@ -22,6 +22,7 @@ HELP = "train a GPT; without arguments a two-minute demonstration"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of TrainConfig, and those that say where."""
+    from gpt2fast.recipes import recipes
     from gpt2fast.training.config import TrainConfig
 
     where = parser.add_argument_group("the run")
@@ -38,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="go on with a run or checkpoint folder (default: the newest run)",
     )
     where.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings as a .toml or .json file"
+        "--config",
+        metavar="FILE",
+        help=f"settings as a .toml or .json file, or a recipe: {', '.join(recipes())}",
     )
     groups: dict[str, Any] = {}
     for name, field in TrainConfig.model_fields.items():
@@ -60,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _metavar(name: str) -> str:
-    return {"data": "DIR", "init_from": "DIR", "model": "NAME"}.get(name, "X")
+    return {"data": "DIR", "init_from": "MODEL", "model": "NAME"}.get(name, "X")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     Of the processes that torchrun starts only the first one prints.
     """
+    from gpt2fast.recipes import find_recipe
     from gpt2fast.training.config import TrainConfig, load_config, read_settings
     from gpt2fast.training.distributed import environment
     from gpt2fast.training.job import Result, resume_run, start_run
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         if args.out is not None or args.overwrite:
             raise ValueError("--resume goes on in the run's own folder: leave --out, --overwrite")
         path = newest_run() if args.resume == Path() else args.resume
-        settings = {**(read_settings(args.config) if args.config else {}), **flags}
+        settings = {**(read_settings(find_recipe(args.config)) if args.config else {}), **flags}
         result = resume_run(path, settings)
     else:
         result = start_run(load_config(args.config, flags), args.out, overwrite=args.overwrite)

@@ -23,7 +23,8 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from gpt2fast.data.tokenizers import Tokenizer, Tokens, tokenizer_from_json
+from gpt2fast.data.examples import encode_example
+from gpt2fast.data.tokenizers import Tokenizer, Tokens, tokenizer_from_json, without_surrogates
 
 __all__ = ["Piece", "encode_in_order", "text_of"]
 
@@ -50,14 +51,18 @@ class Piece:
 _Encoded = tuple[Tokens, list[int], list[int]]
 
 
+def _json_of(piece: Piece) -> Any:
+    try:
+        return json.loads(piece.content)
+    except ValueError as error:
+        raise ValueError(f"{piece.where}: not JSON: {error}") from error
+
+
 def text_of(piece: Piece, field: str) -> str:
     """The text of a piece. Raises ValueError for a line that does not hold one."""
     if isinstance(piece.content, str):
         return piece.content
-    try:
-        value = json.loads(piece.content)
-    except ValueError as error:
-        raise ValueError(f"{piece.where}: not JSON: {error}") from error
+    value = _json_of(piece)
     if not isinstance(value, dict) or field not in value:
         has = f"only {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"{piece.where}: no field {field!r}, {has}: --text-field NAME")
@@ -66,18 +71,23 @@ def text_of(piece: Piece, field: str) -> str:
         return ""
     if not isinstance(text, str):
         raise ValueError(f"{piece.where}: {field!r} holds {type(text).__name__}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return without_surrogates(text)
 
 
-def encode_pieces(coder: Tokenizer, field: str, pieces: Sequence[Piece]) -> _Encoded:
-    """Tokens of pieces; end-of-text comes before each document, and none for an empty one."""
+def encode_pieces(coder: Tokenizer, field: str | None, pieces: Sequence[Piece]) -> _Encoded:
+    """Tokens of pieces; end-of-text comes before each document, and none for an empty one.
+
+    Without a field pieces are lines of prompts and responses, see `examples`.
+    """
     parts: list[Tokens] = []
     sizes, characters = [], []
     for piece in pieces:
+        if field is None:
+            ids, count = encode_example(coder, _json_of(piece), piece.where)
+            parts.append(ids)
+            sizes.append(ids.size)
+            characters.append(count)
+            continue
         text = text_of(piece, field)
         ids = coder.encode(text) if text else np.empty(0, dtype=np.uint16)
         size = ids.size
@@ -97,7 +107,7 @@ def encode_in_order(
     workers: int,
     processes: bool,
     task_size: int,
-    field: str = "text",
+    field: str | None = "text",
 ) -> Generator[tuple[Piece, Tokens, int]]:
     """Yield the pieces in order, each with its tokens and its number of characters.
 
@@ -107,7 +117,7 @@ def encode_in_order(
         workers: threads.
         processes: each thread has a process of its own.
         task_size: characters that are handed over at once, or one piece if it has more.
-        field: of JSON lines.
+        field: of JSON lines; None: they hold prompts and responses.
     """
     with _Processes(coder, field) if processes else contextlib.nullcontext() as remote:
 
@@ -162,7 +172,7 @@ def _map_in_order(
 class _Processes:
     """A worker process for each thread that calls; all end with the block."""
 
-    def __init__(self, coder: Tokenizer, field: str) -> None:
+    def __init__(self, coder: Tokenizer, field: str | None) -> None:
         self._setting = (coder.to_json(), field)
         self._own = threading.local()
         self._all: list[subprocess.Popen[bytes]] = []

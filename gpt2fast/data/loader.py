@@ -29,7 +29,13 @@ from gpt2fast.data.shards import (
 )
 from gpt2fast.data.tokenizers import Gpt2Tokenizer, Tokenizer, tokenizer_from_json
 
-__all__ = ["BatchLoader", "TokenDataset", "sequential_batches"]
+__all__ = [
+    "BatchLoader",
+    "TokenDataset",
+    "check_state",
+    "permutation",
+    "sequential_batches",
+]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 _Ints = npt.NDArray[np.int64]
@@ -46,6 +52,7 @@ class TokenDataset:
     Attributes:
         folder, split: as given.
         manifest: the folder's manifest, or None for plain shards.
+        supervised: the tokens are prompts and responses, see `examples`: for `ExampleLoader`.
         names: the shards' file names.
         shards: one read-only uint16 array of shape (n,) for each shard.
         tokens: number of tokens in all shards.
@@ -81,6 +88,7 @@ class TokenDataset:
             identity = []
         if not names:
             raise ShardError(f"{self.folder}: no {split} shards (*_{split}_*.bin or .npy)")
+        self.supervised = self.manifest is not None and self.manifest.layout == "examples"
         self.names = names
         self.shards = [self._open(name) for name in names]
         self.tokens = sum(shard.size for shard in self.shards)
@@ -218,21 +226,9 @@ class BatchLoader:
 
         Raises ValueError, and changes nothing, if the state is of other data or settings.
         """
-        try:
-            epoch, position, of = state["epoch"], state["position"], dict(state["of"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError("not the state of a BatchLoader: epoch, position and of") from error
-        here = self._identity()
-        if differences := [
-            f"{key} is {of.get(key)!r} in the state and {here.get(key)!r} here"
-            for key in sorted(here)
-            if here.get(key) != of.get(key)
-        ]:
-            raise ValueError("the state belongs to another loader: " + "; ".join(differences))
-        if not (isinstance(epoch, int) and epoch >= 0):
-            raise ValueError(f"epoch must be an integer >= 0, got {epoch!r}")
+        epoch, position = check_state(state, self._identity())
         order = self._epoch_order(epoch)
-        if not (isinstance(position, int) and 0 <= position < order.windows):
+        if not 0 <= position < order.windows:
             raise ValueError(f"position must be in 0 to {order.windows - 1}, got {position!r}")
         self._order, self._position = order, position
 
@@ -253,6 +249,29 @@ class BatchLoader:
         longest = max(shard.size for shard in self.dataset.shards)
         phase = phase_word % min(self.block_size, longest - self.block_size)
         return _EpochOrder.of(self.dataset, self.block_size, epoch, phase, keys)
+
+
+def check_state(state: dict[str, Any], here: dict[str, Any]) -> tuple[int, int]:
+    """Epoch and position of a loader's state.
+
+    Raises:
+        ValueError: it is no such state, or of a loader with another identity than `here`.
+    """
+    try:
+        epoch, position, of = state["epoch"], state["position"], dict(state["of"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError("not the state of a loader: epoch, position and of") from error
+    if differences := [
+        f"{key} is {of.get(key)!r} in the state and {here.get(key)!r} here"
+        for key in sorted(here.keys() | of.keys())
+        if here.get(key) != of.get(key)
+    ]:
+        raise ValueError("the state belongs to another loader: " + "; ".join(differences))
+    if not (isinstance(epoch, int) and epoch >= 0):
+        raise ValueError(f"epoch must be an integer >= 0, got {epoch!r}")
+    if not isinstance(position, int):
+        raise ValueError(f"position must be an integer, got {position!r}")
+    return epoch, position
 
 
 def sequential_batches(
@@ -286,6 +305,8 @@ def _check_sizes(dataset: TokenDataset, batch_size: int, block_size: int) -> Non
     for name, value in (("batch_size", batch_size), ("block_size", block_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if dataset.supervised:
+        raise ValueError(f"{dataset.folder} holds prompts and responses: use ExampleLoader")
     longest = max(shard.size for shard in dataset.shards)
     if longest < block_size + 1:
         raise ValueError(
@@ -348,6 +369,12 @@ def _random_words(seed: int, epoch: int) -> list[int]:
     size = 8 * (_ROUNDS + 1)
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=size).digest()
     return [int.from_bytes(digest[i : i + 8], "little") for i in range(0, size, 8)]
+
+
+def permutation(size: int, seed: int, epoch: int) -> _Ints:
+    """The numbers 0 to size - 1 in an order that depends on seed and epoch alone, (size,)."""
+    keys = _random_words(seed, epoch)[1:]
+    return _permute(np.arange(size, dtype=np.uint64), size, keys).astype(np.int64)
 
 
 def _permute(index: _Words, size: int, keys: list[int]) -> _Words:

@@ -81,6 +81,7 @@ def prepare(
     shard_tokens: int = 100_000_000,
     shard_format: ShardFormat = "llm.c",
     text_field: str = "text",
+    supervised: bool = False,
     dataset_config: str | None = None,
     dataset_split: str = "train",
     max_bytes: int | None = None,
@@ -116,6 +117,9 @@ def prepare(
         shard_tokens: tokens a shard.
         shard_format: ``"llm.c"``, ``"npy"`` (build-nanogpt) or ``"raw"`` (nanoGPT).
         text_field: where JSON objects, Parquet files and data sets have the text.
+        supervised: the JSONL lines are prompts and responses, for training with the loss on the
+            responses: ``{"prompt": ..., "response": ...}`` or ``{"messages": [...]}``; see
+            `gpt2fast.data.examples`. By default a tenth of them is for validation.
         dataset_config, dataset_split: of a data set on the Hub.
         max_bytes: of several text files take the first ones, up to this many bytes together.
         workers: threads, or processes for large sources; default one for each CPU this process
@@ -135,6 +139,10 @@ def prepare(
         raise ValueError(f"workers must be at least 1, got {workers}")
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+    if supervised:
+        if not _is_jsonl(Path(source)):
+            raise ValueError(f"{source}: prompts and responses are read from JSONL files")
+        val_fraction = 0.1 if val_fraction is None else val_fraction
     # Before the work: downloads, and the reading of all text for a char vocabulary.
     check_output_folder(Path(out), overwrite=overwrite, early=True)
 
@@ -147,6 +155,8 @@ def prepare(
         text_field=text_field,
         dataset=(dataset_config, dataset_split),
     )
+    if supervised and tokenizer == "char":
+        raise ValueError("examples need a tokenizer with end-of-text: gpt2 or byte")
     coder = get_tokenizer(tokenizer, corpus.texts() if tokenizer == "char" else None)
     key = {
         "source": corpus.kind,
@@ -157,6 +167,7 @@ def prepare(
         "shard_format": shard_format,
         "text_field": text_field,
         "part_characters": _TASK_CHARACTERS,
+        "supervised": supervised,
         **corpus.key,
     }
     workers = workers or _cpus()
@@ -202,7 +213,7 @@ def prepare(
                 workers=workers,
                 processes=large and workers > 1,
                 task_size=_TASK_CHARACTERS,
-                field=text_field,
+                field=None if supervised else text_field,
             )
         ) as results:
             for piece, ids, characters in results:
@@ -226,7 +237,8 @@ def prepare(
                 sha256=corpus.sha256,
                 documents=max(found, 1),
                 characters=characters,
-            )
+            ),
+            "examples" if supervised else "text",
         )
 
 
@@ -316,6 +328,14 @@ def _find_corpus(
         f"unknown source {source!r}: choose {', '.join(SOURCES)}, a file or folder that exists, "
         f"{', '.join(documents.DATASETS)}, or owner/name of a data set on the Hugging Face Hub"
     )
+
+
+def _is_jsonl(path: Path) -> bool:
+    """Whether a path is a JSONL file, or a folder of which all files that count are."""
+    if path.is_dir():
+        kinds = {documents.kind_of(p) for p in path.rglob("*") if p.is_file()} - {None}
+        return kinds == {"jsonl"}
+    return documents.kind_of(path) == "jsonl"
 
 
 def _is_txt(path: Path) -> bool:

@@ -248,6 +248,8 @@ class Manifest(_Model):
     version: Literal[1] = 1
     tokenizer: dict[str, Any]
     shard_format: ShardFormat = "llm.c"
+    #: Whether the tokens are a stream of text, or marked prompts and responses (`examples`).
+    layout: Literal["text", "examples"] = "text"
     source: SourceInfo
     tokens: dict[Split, int]
     shards: list[ShardInfo]
@@ -561,7 +563,7 @@ class DatasetWriter:
             characters += position.characters + sum(piece[2] for piece in waiting)
         return documents, characters
 
-    def finish(self, source: SourceInfo) -> Manifest:
+    def finish(self, source: SourceInfo, layout: Literal["text", "examples"] = "text") -> Manifest:
         """Write the last shards and the manifest. Raises ValueError if a split has no tokens."""
         self._check_both_splits()
         shards = [shard for writer in self._writers.values() for shard in writer.close()]
@@ -571,6 +573,7 @@ class DatasetWriter:
         manifest = Manifest(
             tokenizer=self._tokenizer.to_json(),
             shard_format=self._format,
+            layout=layout,
             source=source,
             tokens=tokens,
             shards=shards,

@@ -37,6 +37,7 @@ __all__ = [
     "get_tokenizer",
     "huggingface_vocabulary",
     "tokenizer_from_json",
+    "without_surrogates",
 ]
 
 Tokens = npt.NDArray[np.uint16]
@@ -192,6 +193,16 @@ class CharTokenizer(Tokenizer):
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "chars": self.chars}
+
+
+def without_surrogates(text: str) -> str:
+    """The text with halves of surrogate pairs, which JSON can say and UTF-8 cannot, joined or
+    replaced."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:

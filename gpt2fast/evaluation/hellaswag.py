@@ -155,10 +155,17 @@ def evaluate_hellaswag(
     batch_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> HellaSwagResult:
     """Accuracies on `examples`; see `score_examples` for the arguments."""
     scores = score_examples(
-        model, tokenizer, examples, batch_tokens=batch_tokens, dtype=dtype, progress=progress
+        model,
+        tokenizer,
+        examples,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
+        progress=progress,
+        cancelled=cancelled,
     )
     labels = np.array([example.label for example in examples])
     acc = float(np.mean(scores.losses.argmin(1) == labels))
@@ -180,6 +187,7 @@ def score_examples(
     batch_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Scores:
     """The loss of every ending of every example.
 
@@ -193,8 +201,10 @@ def score_examples(
         batch_tokens: padded positions in a call of the model; by default 4096 on a CPU.
         dtype: bfloat16 or float16 runs under autocast.
         progress: show a progress bar if stderr is a terminal.
+        cancelled: asked before each batch.
 
     Raises:
+        InterruptedError: `cancelled`.
         ValueError: no examples, different numbers of endings, batch_tokens below 1, or the
             tokenizer's vocabulary is not the model's.
     """
@@ -222,6 +232,8 @@ def score_examples(
             tqdm(total=len(examples), unit=" examples", disable=None if progress else True) as bar,
         ):
             for batch in _batches(encoded, batch_tokens):
+                if cancelled():
+                    raise InterruptedError("the scoring was cancelled")
                 losses[batch] = _score(model, [encoded[i] for i in batch], device)
                 bar.update(len(batch))
     finally:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from gpt2fast.data.loader import TokenDataset, sequential_batches
+from gpt2fast.data.batches import batches_in_order
+from gpt2fast.data.loader import TokenDataset
 from gpt2fast.model import GPT
 
 __all__ = ["LossResult", "evaluate_loss"]
@@ -30,10 +31,13 @@ def evaluate_loss(
     batch_size: int = 8,
     block_size: int | None = None,
     max_batches: int | None = None,
+    document_mask: bool = False,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> LossResult:
     """The mean loss over windows of `block_size` tokens, in order, each token a target once.
+
+    Of prompts and responses it is the mean over the responses.
 
     Args:
         model: on its device; runs in evaluation mode.
@@ -41,6 +45,7 @@ def evaluate_loss(
         batch_size: windows in a call of the model.
         block_size: tokens a window; by default the model's.
         max_batches: stop after so many (default: all).
+        document_mask: attention does not cross end-of-text; that of examples never crosses them.
         dtype: bfloat16 or float16 runs under autocast.
         progress: show a progress bar if stderr is a terminal.
 
@@ -57,10 +62,13 @@ def evaluate_loss(
             f"{dataset.folder} has the {dataset.tokenizer.name} vocabulary of {has}, the model "
             f"vocab_size={model.config.vocab_size}"
         )
-    batches = sequential_batches(dataset, batch_size, block_size, max_batches)
+    batches = batches_in_order(
+        dataset, batch_size, block_size, max_batches, document_mask=document_mask
+    )
     windows = sum((shard.size - 1) // block_size for shard in dataset.shards)
-    total = -(-windows // batch_size)
-    total = total if max_batches is None else min(total, max_batches)
+    total = None if dataset.supervised else -(-windows // batch_size)
+    if max_batches is not None:
+        total = max_batches if total is None else min(total, max_batches)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -71,10 +79,11 @@ def evaluate_loss(
             torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None),
             tqdm(batches, total=total, unit=" batches", disable=None if progress else True) as bar,
         ):
-            for x, y in bar:
-                _, loss = model(x.to(device), y.to(device))
-                summed += float(loss) * y.numel()
-                tokens += y.numel()
+            for batch in bar:
+                x, y, cu_seqlens = batch.to(device)
+                _, loss = model(x, y, cu_seqlens=cu_seqlens)
+                summed += float(loss) * batch.targets
+                tokens += batch.targets
                 if not bar.disable:
                     bar.set_postfix_str(f"loss {summed / tokens:.4f}", refresh=False)
     finally:

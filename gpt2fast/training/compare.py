@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpt2fast import backends
-from gpt2fast.data import BatchLoader, TokenDataset
+from gpt2fast.data import TokenDataset
+from gpt2fast.data.batches import make_loader
 from gpt2fast.training.config import TrainConfig
 from gpt2fast.training.trainer import autocast, make_optimizer
 
@@ -47,18 +48,24 @@ def compare_with_reference(
         fast = backends.choose(next(model.parameters()))
     if fast == "reference":
         return None
-    loader = BatchLoader(dataset, config.batch_size, config.block_size, seed=config.seed + 1)
+    loader = make_loader(
+        dataset,
+        config.batch_size,
+        config.block_size,
+        seed=config.seed + 1,
+        document_mask=config.document_mask,
+    )
 
     def stepper(backend: str) -> Callable[[], float]:
         own = copy.deepcopy(model).train()
         optimizer = make_optimizer(own, config)
 
         def step() -> float:
-            x, y = (part.to(device) for part in next(loader))
+            x, y, cu_seqlens = next(loader).to(device)
             began = time.perf_counter()
             with backends.use_backend(backend):
                 with autocast(config, device):
-                    _, loss = own(x, y)
+                    _, loss = own(x, y, cu_seqlens=cu_seqlens)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -15,6 +15,8 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gpt2fast.recipes import find_recipe
+
 __all__ = ["DEMONSTRATION", "RESUMABLE", "TrainConfig", "load_config", "read_settings"]
 
 #: What `gpt2fast train` does without data of its own: a run that fits three minutes on two cores.
@@ -45,6 +47,12 @@ RESUMABLE: Final = frozenset(
         "compare_reference",
         "gradient_checkpointing",
         "parallel",
+        "hellaswag",
+        "hellaswag_interval",
+        "hellaswag_examples",
+        "tensorboard",
+        "wandb",
+        "peak_tflops",
     }
 )
 
@@ -71,7 +79,10 @@ class TrainConfig(BaseModel):
     n_head: int | None = _field(None, "model", "attention heads (default: the model's)", ge=1)
     n_embd: int | None = _field(None, "model", "width (default: the model's)", ge=1)
     init_from: str | None = _field(
-        None, "model", "start from the weights in this Hugging Face GPT-2 or checkpoint folder"
+        None,
+        "model",
+        "start from weights: gpt2 to gpt2-xl, owner/name on the Hugging Face Hub, or a run, "
+        "checkpoint, Hugging Face GPT-2 folder or llm.c .bin file",
     )
     dropout: float = _field(0.0, "model", "dropout probability", ge=0, lt=1)
 
@@ -90,6 +101,10 @@ class TrainConfig(BaseModel):
         ge=1,
     )
 
+    document_mask: bool = _field(
+        False, "data", "attention does not cross end-of-text; positions count from each document"
+    )
+
     max_steps: int = _field(1000, "schedule", "optimizer steps", ge=1)
     max_minutes: float | None = _field(
         None, "schedule", "time limit: the schedule is cut short to end within it", gt=0
@@ -105,11 +120,35 @@ class TrainConfig(BaseModel):
     beta2: float = _field(0.95, "optimizer", "AdamW's beta 2", ge=0, lt=1)
     clip: float = _field(1.0, "optimizer", "largest global gradient norm; 0: no clipping", ge=0)
 
+    on_nonfinite: Literal["stop", "skip"] = _field(
+        "stop", "optimizer", "a loss or gradient that is not finite: stop, or skip the update"
+    )
+    on_spike: Literal["warn", "skip", "stop"] = _field(
+        "warn", "optimizer", "a spike of loss or gradient norm: warn, skip the update, or stop"
+    )
+    spike_threshold: float = _field(
+        6.0, "optimizer", "a spike is so many standard deviations above the mean", gt=0
+    )
+    spike_window: int = _field(128, "optimizer", "of so many steps before it", ge=2)
+
     eval_interval: int = _field(250, "reporting", "steps between validations; 0: at the end", ge=0)
     eval_batches: int = _field(20, "reporting", "batches of batch_size rows a validation", ge=1)
     sample_tokens: int = _field(300, "reporting", "tokens of the sample at the end; 0: none", ge=0)
     compare_reference: bool = _field(
         False, "reporting", "at the end, time steps on the kernels against plain PyTorch"
+    )
+
+    hellaswag: str | None = _field(
+        None, "reporting", "score HellaSwag, too: a .jsonl file, or download"
+    )
+    hellaswag_interval: int = _field(
+        250, "reporting", "steps between HellaSwag scores; 0: at the end", ge=0
+    )
+    hellaswag_examples: int = _field(1000, "reporting", "the first so many examples", ge=1)
+    tensorboard: bool = _field(False, "reporting", "write TensorBoard files into the run, too")
+    wandb: str | None = _field(None, "reporting", "project of Weights & Biases to log to, too")
+    peak_tflops: float | None = _field(
+        None, "reporting", "TFLOP/s that MFU is measured by (default: by the GPU's name)", gt=0
     )
 
     save_interval: int = _field(
@@ -118,6 +157,9 @@ class TrainConfig(BaseModel):
     keep_checkpoints: int = _field(2, "checkpoints", "checkpoints to keep", ge=1)
 
     seed: int = _field(1337, "machine", "seed of weights, data order and dropout", ge=0)
+    deterministic: bool = _field(
+        False, "machine", "seed everything and refuse operations that do not repeat to the bit"
+    )
     dtype: Literal["float32", "bfloat16"] = _field(
         "float32", "machine", "float32, or bfloat16 by autocast (weights stay float32)"
     )
@@ -163,6 +205,8 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is above max_steps={self.max_steps}"
             )
+        if self.deterministic and self.max_minutes is not None:
+            raise ValueError("deterministic and max_minutes: a time limit does not repeat")
         return self
 
     def save(self, path: Path) -> None:
@@ -213,15 +257,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def load_config(file: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
-    """The configuration from a file and, above it, single settings such as flags.
+def load_config(file: str | Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """The configuration from a file or recipe and, above it, single settings such as flags.
 
     Where neither names `data`, the settings of `DEMONSTRATION` take the place of the defaults.
 
     Raises:
         FileNotFoundError, ValueError: see `read_settings`; an unknown or wrong field, named.
     """
-    settings = {**(read_settings(file) if file else {}), **overrides}
+    settings = {**(read_settings(find_recipe(file)) if file else {}), **overrides}
     _validated(settings, str(file) if file else "")
     if settings.get("data") is None:
         base = dict(DEMONSTRATION)
@@ -229,6 +273,8 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
             del base["warmup_steps"]
         if settings.get("init_from") is not None:
             del base["model"]
+        if settings.get("deterministic"):
+            del base["max_minutes"]
         settings = {**base, **settings}
     return _validated(settings, str(file) if file else "")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +12,8 @@ from typing import Any, Final
 import torch
 
 from gpt2fast import backends
-from gpt2fast.data import BatchLoader, TokenDataset, prepare, sequential_batches
+from gpt2fast.data import TokenDataset, prepare, sequential_batches
+from gpt2fast.data.batches import make_loader
 from gpt2fast.data.tokenizers import ByteTokenizer, Tokenizer
 from gpt2fast.generation import generate, prompt_tokens
 from gpt2fast.model import GPT, GPTConfig
@@ -19,16 +21,18 @@ from gpt2fast.training.baseline import Bigram
 from gpt2fast.training.checkpoint import (
     TOKENIZER,
     find_checkpoint,
-    find_model,
     load_tokenizer,
+    open_model,
 )
 from gpt2fast.training.compare import Comparison, compare_with_reference
 from gpt2fast.training.config import TrainConfig
+from gpt2fast.training.determinism import Deterministic
 from gpt2fast.training.distributed import Ranks, join, share_rows
+from gpt2fast.training.metrics import check_trackers, open_metrics
 from gpt2fast.training.progress import Progress, duration
 from gpt2fast.training.report import plot_losses, summary, write_report
 from gpt2fast.training.runs import CHECKPOINTS, CONFIG, METRICS, create_run
-from gpt2fast.training.trainer import Trainer, evaluate, make_optimizer
+from gpt2fast.training.trainer import Trainer, evaluate, hellaswag_examples, make_optimizer
 
 __all__ = ["Result", "build_model", "resume_run", "start_run"]
 
@@ -76,6 +80,8 @@ def start_run(
     with _machine(config), join(_device(config)) as ranks:
         progress = (progress or Progress()) if ranks.first else Progress.silent()
         _check_before(config, out)
+        if config.hellaswag not in (None, "download"):
+            config = config.model_copy(update={"hellaswag": str(Path(config.hellaswag).resolve())})
         # A wrong data folder or other weights than the data's are found before a folder is made.
         tokenizer: Tokenizer = ByteTokenizer()
         if config.data is not None:
@@ -84,7 +90,9 @@ def start_run(
                 TokenDataset(str(config.data), "val"),
                 TokenDataset(str(config.data), "train"),
             ):
-                BatchLoader(data, config.batch_size, config.block_size)  # long enough for a row?
+                make_loader(  # long enough for a row?
+                    data, config.batch_size, config.block_size, document_mask=config.document_mask
+                )
             tokenizer = data.tokenizer
         build_model(config, tokenizer, on="meta")
         share_rows(config, ranks.world_size)
@@ -168,8 +176,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, on: str = "cpu") -> G
         )
         with torch.device(on):
             return GPT(described)
-    folder = find_model(Path(config.init_from))
-    model = GPT.from_pretrained(folder, dropout=config.dropout)
+    model, folder = open_model(config.init_from, dropout=config.dropout)
     has = model.config
     if config.model is not None:
         named = GPTConfig.from_name(config.model)
@@ -217,9 +224,11 @@ class _machine:
         self._threads = torch.get_num_threads()
         self._backend = backends.use_backend(None if config.backend == "auto" else config.backend)
         self._config = config
+        self._repeats = Deterministic(config.seed) if config.deterministic else nullcontext()
 
     def __enter__(self) -> None:
         self._backend.__enter__()
+        self._repeats.__enter__()
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         if _device(self._config).type == "cpu":
@@ -227,6 +236,7 @@ class _machine:
 
     def __exit__(self, *error: Any) -> None:
         torch.set_num_threads(self._threads)
+        self._repeats.__exit__(*error)
         self._backend.__exit__(*error)
 
 
@@ -246,6 +256,8 @@ def _device(config: TrainConfig) -> torch.device:
 
 
 def _check_before(config: TrainConfig, out: Path | None) -> None:
+    check_trackers(config)
+    hellaswag_examples(config)
     if out is not None and config.data is not None:
         data, folder = Path(config.data).resolve(), out.resolve()
         if data == folder or folder in data.parents:
@@ -322,17 +334,21 @@ def _train_and_report(trainer: Trainer, train_data: TokenDataset) -> Result:
     progress.line("validating")
     val_loss = evaluate(trainer.model, val_data, config, config.eval_batches, ranks=trainer.ranks)
     assert val_loss is not None
+    with open_metrics(run, config, outcome.step, trainer.ranks) as metrics:
+        metrics.write({"step": outcome.step, "val_loss": val_loss})
+        trainer.score_hellaswag(metrics)
     whole = trainer.ranks.whole(trainer.model)
     if whole is None:  # the first process reports
         return Result(run, outcome.step, checkpoint, None, val_loss)
     model = whole.to(trainer.device)
-    with open(run / METRICS, "a", encoding="utf-8") as metrics:
-        metrics.write(f'{{"step": {outcome.step}, "val_loss": {val_loss}}}\n')
     bigram: float | None = None
     try:
-        bigram = Bigram.count(train_data).loss(
-            sequential_batches(val_data, config.batch_size, config.block_size, config.eval_batches)
-        )
+        if not train_data.supervised:
+            bigram = Bigram.count(train_data).loss(
+                sequential_batches(
+                    val_data, config.batch_size, config.block_size, config.eval_batches
+                )
+            )
     except ValueError as error:  # a damaged part of the data that no batch has met
         progress.line(f"warning: no bigram model to compare with: {error}")
     comparison, reason = None, ""

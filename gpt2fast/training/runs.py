@@ -4,6 +4,7 @@ runs/001/
     train_config.json   the effective configuration
     metrics.jsonl       a line for every step and every validation
     checkpoints/        see checkpoint.py
+    tensorboard/, wandb/    where asked for
     data/               the offline default text, where no data was named
     report.json, loss.png, sample.txt       written at the end
 """
@@ -15,14 +16,35 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-__all__ = ["CHECKPOINTS", "CONFIG", "METRICS", "RUNS", "create_run", "newest_run"]
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG",
+    "METRICS",
+    "RUNS",
+    "TENSORBOARD",
+    "WANDB",
+    "create_run",
+    "newest_run",
+]
 
 RUNS: Final = Path("runs")
 CONFIG: Final = "train_config.json"
 METRICS: Final = "metrics.jsonl"
 CHECKPOINTS: Final = "checkpoints"
+TENSORBOARD: Final = "tensorboard"
+WANDB: Final = "wandb"
 _OURS: Final = frozenset(
-    {CONFIG, METRICS, CHECKPOINTS, "data", "report.json", "loss.png", "sample.txt"}
+    {
+        CONFIG,
+        METRICS,
+        CHECKPOINTS,
+        TENSORBOARD,
+        WANDB,
+        "data",
+        "report.json",
+        "loss.png",
+        "sample.txt",
+    }
 )
 
 

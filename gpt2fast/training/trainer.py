@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -15,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gpt2fast.data import BatchLoader, TokenDataset, sequential_batches
+from gpt2fast.data import TokenDataset
+from gpt2fast.data.batches import batches_in_order, make_loader
+from gpt2fast.evaluation import Example, download_examples, evaluate_hellaswag, read_examples
 from gpt2fast.training.checkpoint import Checkpoint, save_checkpoint
 from gpt2fast.training.config import TrainConfig
 from gpt2fast.training.distributed import ALONE, Forward, Ranks, share_rows
+from gpt2fast.training.health import Health
 from gpt2fast.training.interrupt import StopSignals
+from gpt2fast.training.metrics import Metrics, mfu, open_metrics, peak_flops
 from gpt2fast.training.progress import Progress
 from gpt2fast.training.runs import CHECKPOINTS, METRICS
 from gpt2fast.training.schedule import FinalDecay, learning_rate, plan_final_decay
@@ -32,7 +35,7 @@ __all__ = ["Diverged", "Outcome", "Trainer", "autocast", "evaluate", "make_optim
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient is no longer a finite number."""
+    """The loss or the gradient is not a finite number, or jumped, and the policy is to stop."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,20 @@ def evaluate(
     model.eval()
     total = count = 0.0
     try:
-        left = sequential_batches(dataset, config.batch_size, config.block_size, batches)
+        sizes = (config.batch_size, config.block_size, batches)
+        left = batches_in_order(dataset, *sizes, document_mask=config.document_mask)
         while turn := list(islice(left, ranks.world_size)):
             if cancelled():
                 return None
             # One for whom no batch is left runs another's: parts of a model are gathered together.
             mine = ranks.rank < len(turn)
-            x, y = turn[ranks.rank] if mine else turn[0]
+            batch = turn[ranks.rank] if mine else turn[0]
+            x, y, cu_seqlens = batch.to(device)
             with autocast(config, device):
-                _, loss = model(x.to(device), y.to(device))
+                _, loss = model(x, y, cu_seqlens=cu_seqlens)
             if mine:
-                total += float(loss) * y.numel()
-                count += y.numel()
+                total += float(loss) * batch.targets
+                count += batch.targets
     finally:
         model.train(was_training)
     totals, counts = zip(*ranks.all(total, count), strict=True)
@@ -132,14 +137,17 @@ class Trainer:
         self.progress = progress
         self.device = next(model.parameters()).device
         rows, self._accumulate = share_rows(config, ranks.world_size)
-        self.loader = BatchLoader(
+        self.loader = make_loader(
             train_data,
             rows,
             config.block_size,
             seed=config.seed,
+            document_mask=config.document_mask,
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
+        self.health = Health(config)
+        self.examples = ranks.on_first(lambda: hellaswag_examples(config))
         self.step = 0
         self.final: FinalDecay | None = None
         self.elapsed = 0.0  # seconds of training, earlier sessions included
@@ -164,7 +172,9 @@ class Trainer:
         """What a checkpoint holds beside model, optimizer and random generators: JSON values."""
         return {
             "step": self.step,
-            "elapsed": self.elapsed,
+            # A checkpoint of a run that repeats to the bit does not tell the time.
+            "elapsed": None if self.config.deterministic else self.elapsed,
+            "health": self.health.state_dict(),
             "final": asdict(self.final) if self.final else None,
             "loader": self.loader.state_dict(),
             "torch": torch.__version__,
@@ -176,7 +186,8 @@ class Trainer:
         """Go on where `state_dict` was taken; without its final decay if not `keep_final`."""
         self.loader.load_state_dict(state["loader"])
         self.step = int(state["step"])
-        self.elapsed = float(state["elapsed"])
+        self.elapsed = float(state["elapsed"] or self._elapsed_by_metrics())
+        self.health.load_state_dict(state.get("health", {}))
         self.final = FinalDecay(**state["final"]) if state["final"] and keep_final else None
         here_now = self.state_dict()
         for name in ("torch", "threads", "processes"):
@@ -199,11 +210,10 @@ class Trainer:
         self.ranks.on_first(self._cut_metrics)
         saved: Checkpoint | None = None
         self.model.train()
-        path = self.run / METRICS if self.ranks.first else os.devnull
         # What many processes were sent as a group torchrun sends them again.
         with (
             StopSignals(deaf_seconds=1.0 if self.ranks.world_size > 1 else 0.0) as stop,
-            open(path, "a", encoding="utf-8", buffering=1) as metrics,
+            open_metrics(self.run, config, self.step, self.ranks) as metrics,
         ):
             if self.step == 0 and config.eval_interval:
                 self._validate(metrics, stop)
@@ -217,6 +227,9 @@ class Trainer:
                 last = self.step >= self.end
                 if config.eval_interval and self.step % config.eval_interval == 0 and not last:
                     self._validate(metrics, stop)
+                every = config.hellaswag_interval
+                if every and self.step % every == 0 and not last:
+                    self.score_hellaswag(metrics, stop)
                 if config.save_interval and self.step % config.save_interval == 0 and not last:
                     saved = self.save()
             if saved is None or saved.step != self.step:
@@ -249,48 +262,62 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros((), device=self.device)
-        for left in reversed(range(self._accumulate)):
-            x, y = next(self.loader)
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        batches = [next(self.loader) for _ in range(self._accumulate)]
+        # Every target of the step counts as much, in whatever micro-batch and process it is.
+        own = sum(batch.targets for batch in batches)
+        targets = sum(count for (count,) in self.ranks.all(own))
+        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+            x, y, cu_seqlens = batch.to(self.device)
             with autocast(config, self.device):
-                loss = self._forward(x, y, sync=left == 0)
-            (loss / self._accumulate).backward()
+                loss = self._forward(x, y, cu_seqlens=cu_seqlens, sync=left == 0)
+            loss = loss * (batch.targets / targets)
+            (loss * self.ranks.world_size).backward()  # gradients become the mean over processes
             total += loss.detach()
-        own = self.ranks.all(float(total) / self._accumulate)
-        mean = sum(loss for (loss,) in own) / len(own)
-        self._check_finite("the loss", mean, rate)  # before the update: the weights stay good
-        self.optimizer.step()
-        measured = self.optimizer.grad_norm
+        mean = sum(loss for (loss,) in self.ranks.all(float(total)))
+        measured = self.optimizer.measure()
         assert measured is not None  # max_norm is set
         norm = float(measured)
+        verdict = self.health.judge(mean, norm)  # before the update: the weights stay good
+        record: dict[str, Any] = {"step": self.step + 1, "lr": rate}
+        record |= {
+            name: value
+            for name, value in (("loss", mean), ("grad_norm", norm))
+            if math.isfinite(value)  # JSON has no other numbers
+        }
+        if verdict.action == "stop":
+            raise self._diverged(verdict.reason, rate)
+        if verdict.action != "go":
+            self.progress.line(f"step {self.step + 1:,}: {verdict.action}: {verdict.reason}")
+            record[verdict.action] = verdict.reason
+        if verdict.action != "skip":
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._check_finite("the gradient's norm", norm, rate)
         self.step += 1
-        return {"step": self.step, "loss": mean, "lr": rate, "grad_norm": norm}
+        return record
 
-    def _check_finite(self, what: str, value: float, rate: float) -> None:
-        if math.isfinite(value):
-            return
+    def _diverged(self, reason: str, rate: float) -> Diverged:
         folder = self.run / CHECKPOINTS
         kept = sorted(path.name for path in folder.glob("step_*"))
         left = f"The last good checkpoint is {folder / kept[-1]}" if kept else "None was saved yet"
-        raise Diverged(
-            f"{what} is {value} at step {self.step + 1} (lr {rate:.3g}). {left}. "
+        return Diverged(
+            f"{reason} at step {self.step + 1} (lr {rate:.3g}). {left}. "
             "A lower --lr, a longer --warmup-steps or --clip 1.0 may help"
         )
 
-    def _report(self, record: dict[str, Any], seconds: float, metrics: Any) -> None:
+    def _report(self, record: dict[str, Any], seconds: float, metrics: Metrics) -> None:
         before = self._seconds_per_step
         self._seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
         speed = self.tokens_per_step / seconds
         record |= {"tokens_per_second": round(speed, 1), "elapsed": round(self.elapsed, 3)}
-        metrics.write(json.dumps(record) + "\n")
+        if (peak := peak_flops(self.config, self.device)) is not None:
+            record["mfu"] = round(mfu(self.model, self.config.block_size, speed, peak), 4)
+        metrics.write(record)
         began, first = self._session
         eta = (self.end - self.step) * (self.elapsed - began) / (self.step - first)
         if self.config.max_minutes is not None:
             eta = min(eta, 60 * self.config.max_minutes - self.elapsed)
         smooth = self.tokens_per_step / self._seconds_per_step
-        self.progress.step(self.step, self.end, record["loss"], smooth, eta)
+        self.progress.step(self.step, self.end, record.get("loss", math.nan), smooth, eta)
 
     def _mind_the_time(self) -> None:
         """Begin the final decay when the time limit asks for it; end when it is over."""
@@ -311,7 +338,7 @@ class Trainer:
                     f"to step {self.final.end} of {self.config.max_steps}"
                 )
 
-    def _validate(self, metrics: Any, stop: StopSignals) -> None:
+    def _validate(self, metrics: Metrics, stop: StopSignals) -> None:
         loss = evaluate(
             self.model,
             self.val_data,
@@ -323,21 +350,82 @@ class Trainer:
         if loss is None:
             return
         self.elapsed = time.perf_counter() - self._clock
-        metrics.write(json.dumps({"step": self.step, "val_loss": loss}) + "\n")
+        metrics.write({"step": self.step, "val_loss": loss})
         self.progress.line(f"step {self.step:,}: validation loss {loss:.4f}")
+
+    def score_hellaswag(self, metrics: Metrics, stop: StopSignals | None = None) -> None:
+        """Score the examples, if there are any, and record it; draws no random numbers.
+
+        Left undone if a stop signal arrives. Of many processes each scores all examples.
+        """
+        if not self.examples:
+            return
+        dtype = None if self.config.dtype == "float32" else torch.bfloat16
+        try:
+            found = evaluate_hellaswag(
+                self.model,
+                self.val_data.tokenizer,
+                self.examples,
+                dtype=dtype,
+                progress=False,
+                cancelled=lambda: stop is not None and self._stopped(stop),
+            )
+        except InterruptedError:
+            return
+        metrics.write(
+            {
+                "step": self.step,
+                "hellaswag_acc": found.acc,
+                "hellaswag_acc_norm": found.acc_norm,
+                "hellaswag_examples": found.examples,
+            }
+        )
+        self.progress.line(
+            f"step {self.step:,}: HellaSwag acc {found.acc:.4f}, acc_norm {found.acc_norm:.4f} "
+            f"+- {found.acc_norm_stderr:.4f} ({found.examples:,} examples)"
+        )
+
+    def _elapsed_by_metrics(self) -> float:
+        """What the metrics say of the last step of the checkpoint; 0 if nothing."""
+        path, found = self.run / METRICS, 0.0
+        for record in _records(path) if path.exists() else []:
+            if record["step"] <= self.step:
+                found = float(record.get("elapsed", found))
+        return found
 
     def _cut_metrics(self) -> None:
         """Drop the lines of steps after the checkpoint that this session continues from."""
         path = self.run / METRICS
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if self.step and json.loads(line)["step"] <= self.step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # cut short by a kill
+        kept = [
+            json.dumps(record) + "\n"
+            for record in _records(path)
+            if self.step and record["step"] <= self.step
+        ]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
+
+
+def hellaswag_examples(config: TrainConfig) -> list[Example]:
+    """The examples that the configuration asks for; none if it does not.
+
+    Raises:
+        DownloadError, OSError, ValueError: they cannot be had.
+    """
+    if config.hellaswag is None:
+        return []
+    path = download_examples() if config.hellaswag == "download" else config.hellaswag
+    return read_examples(path, config.hellaswag_examples)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of metrics.jsonl, without a line that a kill cut short."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        yield record
