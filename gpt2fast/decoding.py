@@ -1,9 +1,9 @@
 """Decoding on a CPU: a GPT's weights as fp32, bf16 or int8, read once a step by one C++ call.
 
-For a few rows a matrix product takes as long as its weights take to arrive from memory, so that weights
-of half or a quarter of the bytes decode in half or a quarter of the time. int8 weights have a scale for
-each output: w = q s with s = max|w| / 127, so that |w - q s| <= s / 2. Activations are fp32; beside int8
-weights they are rounded to 16 bits within a product.
+For a few rows a matrix product takes as long as its weights take to arrive from memory: weights
+of half or a quarter of the bytes decode in half or a quarter of the time. int8 weights have a scale
+an output: w = q s with s = max|w| / 127, so that |w - q s| <= s / 2. Activations are fp32; beside
+int8 weights they are rounded to 16 bits within a product.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class PackedWeight:
         outputs, columns = self.data.shape
         for name, value in (("x", x), ("bias", bias)):
             if value is not None and (value.dtype != torch.float32 or value.device.type != "cpu"):
-                raise TypeError(f"{name} must be fp32 on the CPU, got {value.dtype}, {value.device}")
+                raise TypeError(
+                    f"{name} must be fp32 on the CPU, got {value.dtype}, {value.device}"
+                )
         if x.dim() != 2 or x.shape[1] != columns:
             raise ValueError(f"x must have shape (M, {columns}), got {tuple(x.shape)}")
         if bias is not None and bias.shape != (outputs,):
@@ -100,7 +102,6 @@ def pack(weight: Tensor, weights: Weights) -> PackedWeight:
         return PackedWeight(weight.detach().to(getattr(torch, weights)).contiguous())
     weight = weight.detach().float()
     scale = weight.abs().amax(1) / 127
-    # A row of zeros has the scale 0; a subnormal scale would lose bits, so it stays exact by clamping q.
     inverse = torch.where(scale > 0, scale, 1.0)
     data = (weight / inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return PackedWeight(data, scale)
@@ -146,7 +147,9 @@ class Decoder(nn.Module):
         #: Prompts go through the training kernels where there are fp32 weights for them.
         own = all(p.dtype == torch.float32 for p in model.parameters())
         self.model = model if weights == "float32" and own else None
-        self._tensors: list[Tensor | None] = []  # in the order of csrc/decode/decode_cpu.cpp's table
+        self._tensors: list[
+            Tensor | None
+        ] = []  # in the order of csrc/decode/decode_cpu.cpp's table
         transformer = model.transformer
         for block in transformer.h:
             assert isinstance(block, Block)

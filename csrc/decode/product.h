@@ -7,9 +7,9 @@
 //             8-bit inputs would: so the weights' rounding is the only one that counts.
 //   moves     the weights once; at few rows that is the time.
 //   work      tiles of TILE_N weight rows by up to TILE_M inputs, one accumulator vector each: an output's bits
-//             depend neither on the number of rows nor on the threads. While a tile is computed, the next
-//             one's weights are fetched, spread evenly over all its inputs. Hardware does that by itself
-//             where fp32 weights meet one group of inputs.
+//             depend neither on the number of rows nor on the threads. One group of inputs: memory is the limit,
+//             and a tile's rows lie far apart, since a few long streams read faster than one. More: a tile's
+//             rows are neighbours, and while they meet all inputs the next tile is fetched, evenly spread.
 #pragma once
 #include "common/simd.h"
 
@@ -207,13 +207,13 @@ static void prepare(const float* x, i64 columns, const Inputs<int8_t>& in, i64 r
 template <class W>
 static void product(const Matrix<W>& matrix, const Inputs<W>& in, i64 count, float* y, i64 y_stride, i64 begin,
                     i64 end) {
-  const i64 groups = (count + TILE_M - 1) / TILE_M;
-  const bool fetch = sizeof(W) < 4 || count > 3;
+  const i64 groups = (count + TILE_M - 1) / TILE_M, tiles = (end - begin) / TILE_N;
+  const bool streams = groups == 1;
   for (i64 k = 0; k < matrix.columns; k += CHUNK) {
     const i64 columns = matrix.columns - k < CHUNK ? matrix.columns - k : CHUNK;
-    for (i64 n = begin; n < end;) {
-      const i64 rows = end - n < TILE_N ? 1 : TILE_N;
-      const Rows<W> w{matrix.at + n * matrix.columns + k, matrix.columns};
+    // Rows n, n + apart, ...
+    const auto run = [&](i64 n, i64 rows, i64 apart) {
+      const Rows<W> w{matrix.at + n * matrix.columns + k, apart * matrix.columns};
       const i64 next_bytes = rows * columns * i64(sizeof(W));
       for (i64 g = 0; g < groups; ++g) {
         const i64 m = count * g / groups, inputs = count * (g + 1) / groups - m;
@@ -222,18 +222,21 @@ static void product(const Matrix<W>& matrix, const Inputs<W>& in, i64 count, flo
         const i64 ahead = next_bytes / groups / (columns / Dot<W>::STEP + 1);
         float sums[TILE_N][TILE_M];
         if (rows == 1)
-          tile_of<W, 1>(int(inputs), fetch, w, x, columns, next, ahead, sums);
+          tile_of<W, 1>(int(inputs), false, w, x, columns, next, ahead, sums);
         else
-          tile_of<W, TILE_N>(int(inputs), fetch, w, x, columns, next, ahead, sums);
+          tile_of<W, TILE_N>(int(inputs), !streams, w, x, columns, next, ahead, sums);
         for (i64 i = 0; i < rows; ++i)
           for (i64 j = 0; j < inputs; ++j) {
-            const float part = matrix.scale ? sums[i][j] * (matrix.scale[n + i] * in.scale[m + j]) : sums[i][j];
-            float& out = y[(m + j) * y_stride + n + i];
+            const i64 o = n + i * apart;
+            const float part = matrix.scale ? sums[i][j] * (matrix.scale[o] * in.scale[m + j]) : sums[i][j];
+            float& out = y[(m + j) * y_stride + o];
             out = k ? out + part : part;
           }
       }
-      n += rows;
-    }
+    };
+    for (i64 t = 0; t < tiles; ++t)
+      streams ? run(begin + t, TILE_N, tiles) : run(begin + t * TILE_N, TILE_N, 1);
+    for (i64 n = begin + tiles * TILE_N; n < end; ++n) run(n, 1, 1);
   }
 }
 

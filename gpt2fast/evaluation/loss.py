@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from gpt2fast.data.loader import TokenDataset, sequential_batches
+from gpt2fast.decoding import Decoder
 from gpt2fast.model import GPT
 
 __all__ = ["LossResult", "evaluate_loss"]
@@ -24,7 +25,7 @@ class LossResult:
 
 
 def evaluate_loss(
-    model: GPT,
+    model: GPT | Decoder,
     dataset: TokenDataset,
     *,
     batch_size: int = 8,
@@ -36,7 +37,8 @@ def evaluate_loss(
     """The mean loss over windows of `block_size` tokens, in order, each token a target once.
 
     Args:
-        model: on its device; runs in evaluation mode.
+        model: on its device; runs in evaluation mode. A decoder with bf16 or int8 weights gives the
+            loss that sampling with them has.
         dataset: tokens of the model's vocabulary.
         batch_size: windows in a call of the model.
         block_size: tokens a window; by default the model's.
@@ -61,7 +63,7 @@ def evaluate_loss(
     windows = sum((shard.size - 1) // block_size for shard in dataset.shards)
     total = -(-windows // batch_size)
     total = total if max_batches is None else min(total, max_batches)
-    device = next(model.parameters()).device
+    device = next(iter(model.parameters()), torch.empty(0)).device  # a decoder's is the CPU
     was_training = model.training
     model.eval()
     summed, tokens = 0.0, 0
