@@ -80,6 +80,7 @@ def test_command_with_int8_weights(tmp_path: Path, capsys: pytest.CaptureFixture
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "gpt2fast_tokenizer.json").write_text('{"name": "byte"}')
     words = ["eval", "loss", str(tmp_path / "model"), "--data", str(data), "--json", str(out)]
     assert main([*words, "--weights", "int8"]) == 0
     found = json.loads(out.read_text())
