@@ -183,10 +183,16 @@ def _stream(
     stop_token: int | None,
     use_cache: bool,
 ) -> Iterator[Tensor]:
+    from gpt2fast.decoding import Decoder
+
     was_training = model.training
     model.eval()
     try:
-        window = _CachedWindow(model, idx) if use_cache else _WholeWindow(model, idx)
+        window: _Window
+        if use_cache or isinstance(model, Decoder):
+            window = _CachedWindow(model, idx)
+        else:
+            window = _WholeWindow(model, idx)
         done = torch.zeros(idx.shape[0], dtype=torch.bool, device=idx.device)
         for count in range(max_new_tokens):
             token = _pick(window.logits().float(), temperature, top_k, top_p, generator)
