@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gpt2fast.backends import choose
+
 if TYPE_CHECKING:
     from gpt2fast.data.tokenizers import Tokenizer
+    from gpt2fast.decoding import Decoder, Weights
     from gpt2fast.model import GPT
 
 __all__ = ["filter_logits", "generate", "prompt_tokens", "stream", "window_start"]
@@ -55,7 +58,7 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None 
 
 
 def stream(
-    model: GPT,
+    model: GPT | Decoder,
     idx: Tensor,
     max_new_tokens: int,
     *,
@@ -65,6 +68,7 @@ def stream(
     generator: torch.Generator | int | None = None,
     stop_token: int | None = None,
     use_cache: bool = True,
+    weights: Weights | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every row, int64 (B,), up to `max_new_tokens` times.
 
@@ -79,21 +83,34 @@ def stream(
         generator: of idx's device, or a seed for one; None draws from PyTorch's global one.
         stop_token: a row that drew it repeats it; the end comes when all rows have.
         use_cache: False computes every window whole: slow, and the definition.
+        weights: "float32", "bfloat16" or "int8" decode on the CPU with a copy of the weights in this
+            form, made at every call: for several calls make a :class:`gpt2fast.decoding.Decoder`
+            once. None: as the model is, on a CPU by the same kernels where they suit.
 
     Raises:
         TypeError, ValueError: at the call, naming the argument.
     """
     _check(model, idx, max_new_tokens, temperature, top_k, top_p, stop_token)
+    if not use_cache and (weights is not None or not hasattr(model, "hidden")):
+        raise ValueError("use_cache=False computes with the model's own weights only")
     if isinstance(generator, int):
         generator = torch.Generator(idx.device).manual_seed(generator)
     steps = _stream(
-        model, idx, max_new_tokens, temperature, top_k, top_p, generator, stop_token, use_cache
+        _decoder(model, weights) if use_cache else model,
+        idx,
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        generator,
+        stop_token,
+        use_cache,
     )
     return iter(steps)
 
 
 def generate(
-    model: GPT,
+    model: GPT | Decoder,
     idx: Tensor,
     max_new_tokens: int,
     *,
@@ -103,6 +120,7 @@ def generate(
     generator: torch.Generator | int | None = None,
     stop_token: int | None = None,
     use_cache: bool = True,
+    weights: Weights | None = None,
 ) -> Tensor:
     """The prompt idx (B, T) and up to `max_new_tokens` tokens more, int64; see `stream`."""
     new = stream(
@@ -115,6 +133,7 @@ def generate(
         generator=generator,
         stop_token=stop_token,
         use_cache=use_cache,
+        weights=weights,
     )
     return torch.cat([idx, *(tokens[:, None] for tokens in new)], dim=1)
 
@@ -135,9 +154,26 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> Tensor:
     return torch.tensor([ids], dtype=torch.int64)
 
 
+def _decoder(model: GPT | Decoder, weights: Weights | None) -> GPT | Decoder:
+    """What continues the cache: kernels for few rows, or the model itself where they do not suit."""
+    from gpt2fast.decoding import Decoder, suits
+
+    if isinstance(model, Decoder):
+        if weights not in (None, model.weights):
+            raise ValueError(f"weights={weights!r}, but the decoder has {model.weights}")
+        return model
+    if weights is not None:
+        return Decoder(model, weights)
+    parameters = list(model.parameters())
+    fp32 = all(parameter.dtype == torch.float32 for parameter in parameters)
+    if fp32 and choose(parameters[0]) == "cpu" and suits(model):
+        return Decoder(model, "float32")
+    return model
+
+
 @torch.no_grad()
 def _stream(
-    model: GPT,
+    model: GPT | Decoder,
     idx: Tensor,
     max_new_tokens: int,
     temperature: float,
@@ -147,10 +183,16 @@ def _stream(
     stop_token: int | None,
     use_cache: bool,
 ) -> Iterator[Tensor]:
+    from gpt2fast.decoding import Decoder
+
     was_training = model.training
     model.eval()
     try:
-        window = _CachedWindow(model, idx) if use_cache else _Window(model, idx)
+        window: _Window
+        if use_cache or isinstance(model, Decoder):
+            window = _CachedWindow(model, idx)
+        else:
+            window = _WholeWindow(model, idx)
         done = torch.zeros(idx.shape[0], dtype=torch.bool, device=idx.device)
         for count in range(max_new_tokens):
             token = _pick(window.logits().float(), temperature, top_k, top_p, generator)
@@ -183,10 +225,9 @@ def _pick(
 
 
 class _Window:
-    """The window computed whole for every token."""
+    """What the model sees of the sequence."""
 
-    def __init__(self, model: GPT, idx: Tensor) -> None:
-        self.model = model
+    def __init__(self, model: GPT | Decoder, idx: Tensor) -> None:
         self.block_size = model.config.block_size
         self.prompt = idx.shape[1]
         self.length = self.prompt  # of the whole sequence
@@ -202,18 +243,27 @@ class _Window:
 
     def logits(self) -> Tensor:
         """Of the last position, (B, vocab_size)."""
+        raise NotImplementedError
+
+
+class _WholeWindow(_Window):
+    """The window computed whole for every token."""
+
+    def __init__(self, model: GPT, idx: Tensor) -> None:
+        super().__init__(model, idx)
+        self.model = model
+
+    def logits(self) -> Tensor:
         return self.model.head(self.model.hidden(self.tokens)[:, -1])
 
 
 class _CachedWindow(_Window):
     """The window with the keys and values of all but its new tokens kept."""
 
-    def __init__(self, model: GPT, idx: Tensor) -> None:
-        from gpt2fast.model import KVCache
-
+    def __init__(self, model: GPT | Decoder, idx: Tensor) -> None:
         super().__init__(model, idx)
-        weight = next(model.parameters())
-        self.cache = KVCache(model.config, idx.shape[0], dtype=weight.dtype, device=weight.device)
+        self.model = model
+        self.cache = model.new_cache(idx.shape[0])
 
     def append(self, token: Tensor) -> None:
         before = self.start()
@@ -226,7 +276,7 @@ class _CachedWindow(_Window):
 
 
 def _check(
-    model: GPT,
+    model: GPT | Decoder,
     idx: Tensor,
     max_new_tokens: int,
     temperature: float,

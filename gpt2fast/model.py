@@ -101,9 +101,10 @@ class KVCache:
                 f"capacity must be between 1 and block_size={config.block_size}, got {capacity}"
             )
         head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, self.capacity, config.n_head, head_size)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        # (n_layer, B, T, H, D) as seen; what a head reads lies in one piece.
+        shape = (config.n_layer, batch_size, config.n_head, self.capacity, head_size)
+        self.keys = torch.empty(shape, dtype=dtype, device=device).transpose(2, 3)
+        self.values = torch.empty(shape, dtype=dtype, device=device).transpose(2, 3)
         self.length = 0
 
     def appender(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -290,6 +291,11 @@ class GPT(nn.Module):
             return None, loss
         logits = self.head(hidden)
         return logits, functional.cross_entropy(logits, targets)
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """An empty cache for `forward_cached`, of the weights' dtype and device."""
+        weight = self.transformer.wte.weight
+        return KVCache(self.config, batch_size, dtype=weight.dtype, device=weight.device)
 
     @torch.no_grad()
     def forward_cached(self, idx: Tensor, cache: KVCache) -> Tensor:

@@ -176,6 +176,14 @@ def test_sample(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any)
     assert capsys.readouterr().out == first.out
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_sample_with_weights(run: Path, capsys: pytest.CaptureFixture[str], weights: str) -> None:
+    words = ["sample", str(run), "--max-new-tokens", "5", "--weights", weights]
+    assert main(words) == 0
+    assert "5 tokens" in capsys.readouterr().err
+    assert main([*words, "--no-cache"]) == 1
+
+
 def test_several_samples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--num-samples", "3", "--max-new-tokens", "5", "--top-k", "40", "--top-p", "0.9"]
     assert main(["sample", str(run), "--prompt", "ein", *words]) == 0

@@ -57,6 +57,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     loss.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows a batch [8]")
     loss.add_argument("--block-size", type=int, metavar="N", help="tokens a row [the model's]")
     loss.add_argument("--max-batches", type=int, metavar="N", help="the first N batches only")
+    loss.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16", "int8"),
+        default="float32",
+        help="also with weights as `gpt2fast sample --weights` has them, and the change [float32]",
+    )
     _machine_arguments(loss)
 
 
@@ -158,8 +164,13 @@ def _hellaswag(args: argparse.Namespace, dtype: torch.dtype | None) -> dict[str,
 
 def _loss(args: argparse.Namespace, dtype: torch.dtype | None) -> dict[str, Any]:
     from gpt2fast.data import TokenDataset
+    from gpt2fast.decoding import Decoder
     from gpt2fast.evaluation import evaluate_loss
 
+    if args.weights != "float32":
+        if args.device == "cuda" or dtype is not None:
+            raise ValueError(f"--weights {args.weights} works on the CPU, beside --dtype float32")
+        args.device = "cpu"
     dataset = TokenDataset(args.data, args.split)
     model, tokenizer, told = _open(args)
     if tokenizer != dataset.tokenizer:
@@ -167,22 +178,26 @@ def _loss(args: argparse.Namespace, dtype: torch.dtype | None) -> dict[str, Any]
             f"{args.data} was prepared with the {dataset.tokenizer.name} tokenizer, the model has "
             f"{tokenizer.name}" + (" of other characters" if tokenizer.name == "char" else "")
         )
+    how = {
+        "batch_size": args.batch_size,
+        "block_size": args.block_size,
+        "max_batches": args.max_batches,
+        "dtype": dtype,
+    }
     began = time.perf_counter()
-    found = evaluate_loss(
-        model,
-        dataset,
-        batch_size=args.batch_size,
-        block_size=args.block_size,
-        max_batches=args.max_batches,
-        dtype=dtype,
-    )
+    found = evaluate_loss(model, dataset, **how)
     seconds = time.perf_counter() - began
     print(f"{told['model']} on {args.data}, {args.split}")
+    changed: dict[str, Any] = {"weights": args.weights}
+    if args.weights != "float32":
+        other = evaluate_loss(Decoder(model, args.weights), dataset, **how).loss
+        changed |= {"loss_with_weights": other, "change": other - found.loss}
+        print(f"loss        {other:.4f} with {args.weights} weights, {other - found.loss:+.5f}")
     print(f"loss        {found.loss:.4f} nats a token")
     print(f"perplexity  {found.perplexity:,.2f}")
     print(f"{found.tokens:,} tokens, {seconds:.1f} s, {found.tokens / seconds:,.0f} tokens/s")
     return {**told, "data": str(args.data), "data_fingerprint": dataset.fingerprint,
-            **asdict(found), "seconds": round(seconds, 3)}  # fmt: skip
+            **asdict(found), **changed, "seconds": round(seconds, 3)}  # fmt: skip
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

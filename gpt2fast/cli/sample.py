@@ -33,6 +33,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="[1]")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--no-cache", action="store_true", help="without the key/value cache")
+    parser.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16", "int8"),
+        help="read weights of 4, 2 or 1 bytes for each token, on the CPU (default: the model's own)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
 
@@ -41,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the samples to stdout and the speed to stderr."""
     import torch
 
+    from gpt2fast.decoding import Decoder
     from gpt2fast.generation import prompt_tokens, stream
     from gpt2fast.training.checkpoint import load_tokenizer, open_model
 
@@ -53,13 +59,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--prompt is not valid UTF-8")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    device = device_named(args.device)
+    device = device_named("cpu" if args.weights and args.device == "auto" else args.device)
+    if args.weights and (device != "cpu" or args.no_cache):
+        raise ValueError(f"--weights {args.weights} works on the CPU and with the key/value cache")
     damaged: list[str] = []
     model, folder = open_model(args.folder, damaged)
     for problem in damaged:
         print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
-    model = model.to(device)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    engine = Decoder(model, args.weights) if args.weights else model.to(device)
+    del model  # a decoder may need its own weights only
+    tokenizer = load_tokenizer(folder, engine.config.vocab_size)
     prompt = prompt_tokens(tokenizer, args.prompt).expand(args.num_samples, -1)
 
     began = time.perf_counter()
@@ -68,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     def counted() -> Iterator[torch.Tensor]:
         nonlocal count
         for tokens in stream(
-            model,
+            engine,
             prompt.to(device),
             args.max_new_tokens,
             temperature=0.0 if args.greedy else args.temperature,

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from gpt2fast.data.batches import batches_in_order
 from gpt2fast.data.loader import TokenDataset
+from gpt2fast.decoding import Decoder
 from gpt2fast.model import GPT
 
 __all__ = ["LossResult", "evaluate_loss"]
@@ -25,7 +26,7 @@ class LossResult:
 
 
 def evaluate_loss(
-    model: GPT,
+    model: GPT | Decoder,
     dataset: TokenDataset,
     *,
     batch_size: int = 8,
@@ -40,7 +41,8 @@ def evaluate_loss(
     Of prompts and responses it is the mean over the responses.
 
     Args:
-        model: on its device; runs in evaluation mode.
+        model: on its device; runs in evaluation mode. A decoder with bf16 or int8 weights gives the
+            loss that sampling with them has.
         dataset: tokens of the model's vocabulary.
         batch_size: windows in a call of the model.
         block_size: tokens a window; by default the model's.
@@ -50,8 +52,8 @@ def evaluate_loss(
         progress: show a progress bar if stderr is a terminal.
 
     Raises:
-        ValueError: sizes below 1, no shard with a whole window, a block_size above the model's, or
-            the data's vocabulary is not the model's.
+        ValueError: sizes below 1, no shard with a whole window, a block_size above the model's,
+            the data's vocabulary is not the model's, or documents kept apart with a decoder.
     """
     limit = model.config.block_size
     block_size = limit if block_size is None else block_size
@@ -66,10 +68,12 @@ def evaluate_loss(
         dataset, batch_size, block_size, max_batches, document_mask=document_mask
     )
     windows = sum((shard.size - 1) // block_size for shard in dataset.shards)
+    if isinstance(model, Decoder) and (document_mask or dataset.supervised):
+        raise ValueError("a decoder does not keep documents apart: evaluate the model itself")
     total = None if dataset.supervised else -(-windows // batch_size)
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
-    device = next(model.parameters()).device
+    device = next(iter(model.parameters()), torch.empty(0)).device  # a decoder's is the CPU
     was_training = model.training
     model.eval()
     summed, tokens = 0.0, 0
@@ -81,7 +85,8 @@ def evaluate_loss(
         ):
             for batch in bar:
                 x, y, cu_seqlens = batch.to(device)
-                _, loss = model(x, y, cu_seqlens=cu_seqlens)
+                documents = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+                _, loss = model(x, y, **documents)
                 summed += float(loss) * batch.targets
                 tokens += batch.targets
                 if not bar.disable:

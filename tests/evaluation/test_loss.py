@@ -13,6 +13,7 @@ from gpt2fast import GPT, GPTConfig
 from gpt2fast.cli import main
 from gpt2fast.data import ByteTokenizer, CharTokenizer, DatasetWriter, SourceInfo, TokenDataset
 from gpt2fast.data.tokenizers import Tokenizer
+from gpt2fast.decoding import pack
 from gpt2fast.evaluation import evaluate_loss
 
 
@@ -69,3 +70,26 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "prepared with the char tokenizer, the model has byte" in capsys.readouterr().err
     assert main([*words, "--data", str(tmp_path / "nowhere")]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_command_with_int8_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both losses and their change; the same loss as of a model with the rounded weights."""
+    data, out = data_of(tmp_path / "data", ByteTokenizer()), tmp_path / "out.json"
+    model = tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "gpt2fast_tokenizer.json").write_text('{"name": "byte"}')
+    words = ["eval", "loss", str(tmp_path / "model"), "--data", str(data), "--json", str(out)]
+    assert main([*words, "--weights", "int8"]) == 0
+    found = json.loads(out.read_text())
+    assert found["change"] == found["loss_with_weights"] - found["loss"] != 0
+    assert f"{found['change']:+.5f}" in capsys.readouterr().out
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "wpe" not in name:
+                parameter.copy_(pack(parameter, "int8").dequantize())
+    rounded = evaluate_loss(model, TokenDataset(data, "val")).loss
+    assert abs(found["loss_with_weights"] - rounded) < abs(found["change"]) / 20
+    assert main([*words, "--weights", "int8", "--dtype", "bfloat16"]) == 1
