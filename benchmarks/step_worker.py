@@ -39,7 +39,6 @@ SWAP_VARIANTS = (
     "Hugging Face",
     "Hugging Face, malloc tuned",
     "gpt2fast in one line",
-    "gpt2fast in one line, malloc tuned",
 )
 CLIP = 1.0
 OPTIONS: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95)}

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2fast import functional
+from gpt2fast.backends import keep_freed_memory
 from gpt2fast.swap.conv1d import conv1d_gelu_mlp
 from gpt2fast.swap.lazy_logits import lazy_head
 from gpt2fast.swap.proof import is_tanh_gelu
@@ -290,6 +291,7 @@ def apply_gpt2fast_to_gpt2(
     mlp: bool = True,
     layer_norm: bool = True,
     loss: bool = True,
+    keep_memory: bool = True,
 ) -> SwapReport:
     """Runs a Hugging Face GPT-2 on gpt2fast's kernels; weights, classes and results stay the same.
 
@@ -304,7 +306,10 @@ def apply_gpt2fast_to_gpt2(
         layer_norm: every LayerNorm over one dimension in the model.
         loss: the head and the cross-entropy as one in training. `outputs.logits` are then
             :class:`gpt2fast.swap.LazyLogits`: computed where something else than a loss
-            reads them. Under torch.compile, in evaluation and in generation they are plain.
+            reads them. Under torch.compile the graph ends before the head for that; with
+            fullgraph=True, in evaluation and in generation they are plain.
+        keep_memory: for training on a CPU, :func:`gpt2fast.keep_freed_memory`, which holds for the
+            whole process and is not undone by `revert`.
 
     Returns:
         A :class:`gpt2fast.swap.SwapReport`: what was replaced, what was left alone and why. Its
@@ -329,6 +334,8 @@ def apply_gpt2fast_to_gpt2(
     report = SwapReport()
     if model is None:
         _swap_classes(report, wanted, modeling)
+        if keep_memory and not torch.cuda.is_available():
+            keep_freed_memory()
         return report
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -341,6 +348,8 @@ def apply_gpt2fast_to_gpt2(
             )
     _swap(model, report, wanted, modeling)
     report._models.append(weakref.ref(model))
+    if keep_memory and any(p.device.type == "cpu" for p in model.parameters()):
+        keep_freed_memory()
     return report
 
 

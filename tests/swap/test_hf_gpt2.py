@@ -294,6 +294,32 @@ def test_torch_compile_in_one_graph(training: bool) -> None:
         torch.testing.assert_close(ours.grad, theirs[name].grad, msg=name)
 
 
+def test_torch_compile_fuses_head_and_loss_where_the_graph_may_end() -> None:
+    plain, fast, _ = pair()
+    plain.loss_type = fast.loss_type = "ForCausalLM"
+    x = ids()
+    torch._dynamo.reset()
+    compiled = torch.compile(fast.train(), backend="aot_eager")
+    output, expected = compiled(x, labels=x), plain.train()(x, labels=x)
+    for result in (output, expected):
+        result.loss.backward()
+    assert isinstance(output.logits, LazyLogits)
+    assert not output.logits.is_computed()
+    torch.testing.assert_close(output.loss, expected.loss)
+    theirs = dict(plain.named_parameters())
+    for name, ours in fast.named_parameters():
+        torch.testing.assert_close(ours.grad, theirs[name].grad, msg=name)
+    torch.testing.assert_close(output.logits, expected.logits)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_kept_if_wanted(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("gpt2fast.swap.hf_gpt2.keep_freed_memory", lambda: calls.append(1))
+    apply_gpt2fast_to_gpt2(make(), keep_memory=keep)
+    assert calls == [1] * keep
+
+
 def test_autocast() -> None:
     plain, fast, _ = pair()
     x = ids()
