@@ -1,6 +1,6 @@
 """A training step of Hugging Face's GPT-2, as it is and after the one line that swaps our kernels in.
 
-Forward with labels, backward, clipping, torch's fused AdamW on both sides; scaled_dot_product_attention.
+Forward with labels, backward, clipping, torch's fused AdamW on both sides, attention by sdpa.
 Processes and rounds as in test_training_step.py.
 """
 

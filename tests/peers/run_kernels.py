@@ -2,13 +2,16 @@
 
     python -m tests.peers.run_kernels liger|flash_attn|cut_cross_entropy CHECKOUT [--each N] [options]
 
-CHECKOUT is a clone of the package's repository; the package is not installed, nothing is copied here. Its tests are written
-for a GPU: without one, what they make "on cuda" is made on the CPU. The package's names are replaced
-by ours before a test file is imported. `--each N` takes N variants of every test function at most,
-drawn evenly, since some have tens of thousands. A refusal ("is not supported by gpt2fast's ...") counts as skipped
-with its reason; everything else that is not right is a failure.
+CHECKOUT is a clone of the package's repository; the package is not installed, nothing is copied here.
+Its tests are written for a GPU: without one, what they make "on cuda" is made on the CPU. The names
+are replaced by ours before a test file is imported. `--each N` takes N variants of every test function
+at most, drawn evenly, since some have tens of thousands. A refusal ("is not supported by gpt2fast's
+...") counts as skipped with its reason; everything else that is not right is a failure.
 
-@@SEEN@@
+Seen on 22 November 2026 on a CPU: cut-cross-entropy at d42911f, 60 variants a function: 23
+passed, 100 refused (bias, softcap, return_lse), none failed. Liger-Kernel at ead96b61, in part: fp32
+layer norm passed; bf16 layer norm fails on a CPU, where the weight gradient by torch, the test's
+yardstick, is 8 times as far from fp64 as ours. Its losses and flash-attn have not been run through.
 """
 
 import importlib
