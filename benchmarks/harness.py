@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -176,11 +176,17 @@ def cases(
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         for name, values in (("direction", directions), ("variant", variants), ("make", makers)):
-            ids = [getattr(v, "__name__", v) for v in values] if name != "make" else None
-            test = pytest.mark.parametrize(name, values, ids=ids)(test)
+            test = pytest.mark.parametrize(name, values, ids=_label)(test)
         return test
 
     return decorate
+
+
+def _label(value: Any) -> str:
+    """A parameter as -k selects it: a case's maker by its arguments."""
+    if isinstance(value, partial):
+        return "-".join(map(str, (value.func.__name__, *value.args)))
+    return getattr(value, "__name__", value)  # type: ignore[no-any-return]
 
 
 def ours(function: Callable[..., Any]) -> Callable[..., Any]:

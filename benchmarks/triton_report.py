@@ -4,11 +4,13 @@
 
 For each kernel and GPU: registers, spilled bytes (stack), shared memory, resident warps, matrix
 instructions and 16-byte accesses in the machine code. Ends with an error where a kernel does not
-compile, spills, or asks for more shared memory than the GPU has.
+compile, spills, asks for more shared memory than the GPU has, or has wgmma instructions that ptxas
+makes wait for each other.
 """
 
 import argparse
 import dataclasses
+import io
 import os
 import re
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,7 @@ class Row:
     matrix: str = ""
     wide: int = 0
     narrow: int = 0
+    serialized: bool = False
 
     @property
     def warps_resident(self) -> int:
@@ -149,7 +153,7 @@ class Row:
             return f"spills: {self.stack} bytes of stack"
         if self.shared > TARGETS[self.job.arch].shared:
             return f"{self.shared} bytes of shared memory"
-        return ""
+        return "its wgmma instructions are serialized" if self.serialized else ""
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -170,8 +174,15 @@ def compile_one(work: Job) -> Row:
     attributes = {(position,): [["tt.divisibility", 16]] for position in work.aligned}
     source = ASTSource(kernel, dict(work.signature), constants, attributes)
     options = compile_options(work.warps, work.stages)
+    knobs = triton.knobs
     try:
-        made = triton.compile(source, target=GPUTarget("cuda", work.arch, 32), options=options)
+        with (
+            knobs.compilation.scope(),
+            knobs.nvidia.scope(),
+            redirect_stdout(io.StringIO()) as told,
+        ):
+            knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+            made = triton.compile(source, target=GPUTarget("cuda", work.arch, 32), options=options)
     except Exception as error:  # whatever the compiler says goes into the table
         return Row(work, error=f"{type(error).__name__}: {str(error).strip()[:200]}")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -202,6 +213,7 @@ def compile_one(work: Job) -> Row:
         matrix=", ".join(f"{count} {label}" for label, count in matrix.items()),
         wide=wide,
         narrow=len(memory) - wide,
+        serialized="wgmma.mma_async instructions are serialized" in told.getvalue(),
     )
 
 

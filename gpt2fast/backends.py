@@ -1,8 +1,9 @@
 """What can run here, why not, and which backend an op uses.
 
 A backend is a set of kernels: ``reference`` (plain PyTorch), ``cpu`` (C++), ``triton``, ``cuda``.
-The choice is automatic by device and dtype; :func:`use_backend` and the environment variable
-``GPT2FAST_BACKEND`` override it. Kernels load at first use, so that importing gpt2fast never fails.
+The choice is automatic by device, dtype and, on a GPU, op; :func:`use_backend` and the environment
+variable ``GPT2FAST_BACKEND`` override it. Kernels load at first use, so that importing gpt2fast never
+fails.
 """
 
 import functools
@@ -21,7 +22,19 @@ from typing import Any
 import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
+OPS = (
+    "layer_norm",
+    "gelu",
+    "gelu_mlp",
+    "attention",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "embedding",
+    "adamw",
+)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Measurements of GPUs: which backend is the fastest for an op.
+SELECTED = Path(__file__).parent / "ops" / "selected"
 
 
 class BackendUnavailable(RuntimeError):
@@ -153,7 +166,7 @@ def _checked(name: str) -> str:
 # Process-wide, as torch.set_num_threads is. A plain global, so that torch.compile guards on it.
 # The environment variable is checked at first use: import never fails.
 _forced: str | None = os.environ.get("GPT2FAST_BACKEND") or None
-_automatic: dict[str, str] = {}
+_automatic: dict[tuple[str, str], str] = {}
 _checked_names: set[str] = set()
 
 
@@ -181,20 +194,40 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
+def gpu_file(index: int = 0) -> str:
+    """The name of a file about the kind of GPU that number `index` is."""
+    return torch.cuda.get_device_name(index).replace(" ", "-").lower() + ".json"
+
+
+@functools.cache
+def selected() -> dict[str, dict[str, Any]]:
+    """By op, the backend measured as the fastest on this kind of GPU, with the measurement.
+
+    benchmarks/select.py writes it; empty where this GPU was not measured: then Triton is the default.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    path = SELECTED / gpu_file()
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 @torch.compiler.assume_constant_result
-def _choose_for(device_type: str) -> str:
-    name = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
-    if name is None:
+def _choose_for(device_type: str, op: str) -> str:
+    wanted = {"cpu": ["cpu"], "cuda": ["triton", "cuda"]}.get(device_type)
+    if wanted is None:
         return "reference"
-    found = status(name)
-    if not found.available:
-        warnings.warn(
-            f"gpt2fast runs on the slow PyTorch reference: {found.detail}. "
-            "`gpt2fast info` says what to install.",
-            stacklevel=5,
-        )
-        return "reference"
-    return name
+    if device_type == "cuda" and op in selected():
+        wanted.insert(0, selected()[op]["backend"])
+    for name in wanted:
+        if status(name).available:
+            return name
+    warnings.warn(
+        "gpt2fast runs on the slow PyTorch reference: "
+        f"{'; '.join(status(name).detail for name in wanted)}. "
+        "`gpt2fast info` says what to install.",
+        stacklevel=5,
+    )
+    return "reference"
 
 
 @torch.compiler.assume_constant_result
@@ -211,8 +244,8 @@ def _device_of(name: str) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
-def choose(tensor: torch.Tensor) -> str:
-    """The backend for an op whose main input is `tensor`.
+def choose(tensor: torch.Tensor, op: str = "") -> str:
+    """The backend for `op` on its main input `tensor`; without `op` that of most.
 
     Raises:
         BackendUnavailable: the forced backend cannot run here or not on this device.
@@ -222,9 +255,10 @@ def choose(tensor: torch.Tensor) -> str:
     if forced is None:
         if tensor.dtype not in KERNEL_DTYPES:
             return "reference"
-        if device not in _automatic:
-            _automatic[device] = _choose_for(device)
-        return _automatic[device]
+        key = device, op
+        if key not in _automatic:
+            _automatic[key] = _choose_for(device, op)
+        return _automatic[key]
     if forced == "reference":
         return forced
     if forced not in _checked_names:

@@ -1,6 +1,6 @@
 """On a GPU only: real shapes, offsets beyond 2^31, CUDA graphs, determinism, no synchronisation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,11 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2fast import GPT, GPTConfig, functional
+from gpt2fast import GPT, GPTConfig, functional, use_backend
+from gpt2fast.backends import status
+from tests.ops.numerics import compare
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=("triton", "cuda"), autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs on either set of kernels."""
+    if not (found := status(request.param)).available:
+        pytest.skip(found.detail)
+    with use_backend(request.param):
+        yield request.param
 
 
 def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -126,9 +137,9 @@ def test_cross_entropy_beyond_32_bit_offsets() -> None:
     last = logits[-1:, :50257].detach().float().requires_grad_()
     expected = F.cross_entropy(last, targets[-1:])
     (expected_grad,) = torch.autograd.grad(expected, last)
-    torch.testing.assert_close(
-        grad[-1:, :50257].float() * rows, expected_grad, rtol=2e-2, atol=2e-4
-    )
+    # Rounded to bf16 once, and as much again for what is summed in fp32.
+    ours = grad[-1:, :50257].float() * rows
+    torch.testing.assert_close(ours, expected_grad, rtol=2**-8, atol=0)
     assert not grad[-1, 50257:].any()
 
 
@@ -145,35 +156,36 @@ def test_attention_at_real_lengths(length: int) -> None:
     def run(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
         leaf = qkv.detach().to(dtype).requires_grad_()
         out = function(leaf)
-        return [t.double() for t in (out, *torch.autograd.grad(out, leaf, dout.to(dtype)))]
+        return [out, *torch.autograd.grad(out, leaf, dout.to(dtype))]
 
     truth = run(torch_attention, torch.float64)
     theirs = run(torch_attention, BF16)
     ours = run(lambda x: functional.flash_attn_qkvpacked_func(x, causal=True), BF16)
-    for true, their, our in zip(truth, theirs, ours, strict=True):
-        assert (our - true).norm() <= 2 * (their - true).norm() + 1e-3 * true.norm()
+    for name, true, their, our in zip(("out", "dqkv"), truth, theirs, ours, strict=True):
+        compare(name, our, their, true)
 
 
-def test_model_step_close_to_reference() -> None:
-    """One step of a small GPT-2 in bf16 autocast: the loss falls as on plain PyTorch."""
-    import gpt2fast
-
+def test_model_step_close_to_reference(kernels: str) -> None:
+    """Steps of a small GPT-2 in bf16 autocast: the loss falls as on plain PyTorch."""
     config = GPTConfig(n_layer=2, n_head=4, n_embd=256, vocab_size=5000, block_size=256)
     idx = randint(5000, 4, 256)
     curves = []
-    for backend in ("triton", "reference"):
+    for backend, precise in ((kernels, False), ("reference", False), ("reference", True)):
         torch.manual_seed(0)
         model = GPT(config).cuda()
         optimizer = model.configure_optimizer(lr=1e-3, max_norm=1.0)
         losses = []
-        with gpt2fast.use_backend(backend):
+        with use_backend(backend):
             for _ in range(20):
-                with torch.autocast("cuda", dtype=BF16):
+                with torch.autocast("cuda", dtype=BF16, enabled=not precise):
                     _, loss = model(idx, idx)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
         curves.append(torch.tensor(losses))
-    assert curves[0][-1] < curves[0][0] - 1
-    torch.testing.assert_close(curves[0], curves[1], rtol=2e-2, atol=2e-2)
+    ours, theirs, truth = curves
+    assert ours[-1] < ours[0] - 1
+    # No further from fp32 than twice plain PyTorch in bf16, and an ulp of a loss of bf16 logits.
+    bound = 2 * (theirs - truth).abs().max() + torch.finfo(BF16).eps * truth.max()
+    assert (ours - truth).abs().max() <= bound

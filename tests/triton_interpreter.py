@@ -6,6 +6,8 @@ bf16 (upstream: triton issue 11584): the interpreter keeps its 16 bits in unsign
 operations compute with those integers, others cut instead of rounding. Here every operation on bf16
 values widens them to fp32, computes, and rounds the result to nearest even, as a GPU does.
 
+Loop bounds: Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
+
 Masks: a scalar condition that is spread over a block becomes integers, which loads and stores refuse;
 here they are made booleans again.
 """
@@ -19,6 +21,7 @@ import numpy as np
 os.environ["TRITON_INTERPRET"] = "1"
 
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 
@@ -108,6 +111,16 @@ def _mend_splat() -> None:
     InterpreterBuilder.create_splat = splat
 
 
+def _mend_index() -> None:
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
 def _quieten() -> None:
     """A GPU computes with infinities and NaN without a word, and so does the interpreter now."""
     original = GridExecutor.__call__
@@ -125,3 +138,4 @@ _mend_casts()
 _mend_arithmetic()
 _mend_dot()
 _mend_splat()
+_mend_index()

@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
         found = backends.status(name)
         rows.append((name, ("yes  " if found.available else "no   ") + found.detail))
     _table("backends", rows)
+    if torch.cuda.is_available():
+        _table("chosen on this GPU", _chosen())
     if not backends.status("cpu").available:
         print(_remedy())
     parts = backends.build_info()["parts"]
@@ -51,11 +53,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:
     print(title)
+    width = max(14, *(len(name) for name, _ in rows))
     for name, value in rows:
         first, *more = value.splitlines() or [""]
-        print(f"  {name:<14} {first}")
+        print(f"  {name:<{width}} {first}")
         for line in more:
-            print(" " * 17 + line)
+            print(" " * (width + 3) + line)
     print()
 
 
@@ -120,6 +123,20 @@ def _gpus() -> str:
     return "\n".join(
         torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
     )
+
+
+def _chosen() -> list[tuple[str, str]]:
+    """The backend of each op, and what that choice rests on."""
+    import torch
+
+    from gpt2fast import backends
+
+    tensor, rows = torch.empty(0, device="cuda"), []
+    for op in backends.OPS:
+        found = backends.selected().get(op)
+        why = f"{found['why']} ({found['measured']})" if found else "no measurement"
+        rows.append((op, f"{backends.choose(tensor, op):<9} {why}"))
+    return rows
 
 
 def _remedy() -> str:

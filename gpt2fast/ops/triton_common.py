@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2fast.backends import interpreted
+from gpt2fast.backends import gpu_file, interpreted
 
 INTERPRETED = interpreted()
 
@@ -140,8 +140,7 @@ def cache_path(index: int) -> Path:
     """Where tuned configurations of GPU `index` are kept; SHIPPED has a file of the same name where
     this version brings some."""
     folder = os.environ.get("GPT2FAST_CACHE_DIR") or Path.home() / ".cache" / "gpt2fast"
-    device = torch.cuda.get_device_name(index).replace(" ", "-").lower()
-    return Path(folder) / f"{device}.json"
+    return Path(folder) / gpu_file(index)
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def conv1d_gelu_mlp(
         (..., D) of x's dtype (under autocast, of autocast's).
     """
     x, fc_weight, proj_weight = (t for t in autocast(x, fc_weight, proj_weight) if t is not None)
-    backend = choose(x)
+    backend = choose(x, "gelu_mlp")
     if backend == "reference":
         return reference.gelu_mlp(x, fc_weight.t(), fc_bias, proj_weight.t(), proj_bias)
     rows = x.reshape(-1, x.shape[-1])

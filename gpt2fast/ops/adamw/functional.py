@@ -20,7 +20,8 @@ from gpt2fast.ops.registry import is_plain
 
 def _backend(tensors: Sequence[Tensor]) -> str:
     other = {t.dtype for t in tensors}.difference(KERNEL_DTYPES)
-    return choose(next(t for t in tensors if t.dtype in other) if other else tensors[0])
+    tensor = next(t for t in tensors if t.dtype in other) if other else tensors[0]
+    return choose(tensor, "adamw")
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def _attention(
     dropout_p: float,
 ) -> Tensor:
     seed = dropout_seed(dropout_p, q.device)
-    backend = choose(q)
+    backend = choose(q, "attention")
     if backend == "reference":
         return reference.attention(q, k, v, diagonal, scale, dropout_p, seed)
     options = (diagonal, scale, dropout_p, seed, backend)
@@ -157,7 +157,7 @@ def flash_attn_qkvpacked_func(
     (qkv,) = autocast(qkv)  # type: ignore[assignment]
     seed = dropout_seed(dropout_p, qkv.device)
     diagonal = 0 if causal else None
-    backend = choose(qkv)
+    backend = choose(qkv, "attention")
     if backend == "reference":
         q, k, v = qkv.unbind(2)
         return reference.attention(q, k, v, diagonal, softmax_scale, dropout_p, seed)
@@ -224,7 +224,7 @@ def flash_attn_varlen_func(
     check_dropout(dropout_p)
     both = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     seed = dropout_seed(dropout_p, q.device)
-    backend = choose(q)
+    backend = choose(q, "attention")
     options = (max_seqlen_q, max_seqlen_k, causal, softmax_scale, dropout_p, seed)
     if backend == "reference":
         return reference.varlen_attention(q, k, v, both[0], both[1], *options)

@@ -107,7 +107,7 @@ def cross_entropy(
         )
     targets = check_targets(targets, logits.shape[:-1], "logits", logits)
     classes = check_options(label_smoothing, z_loss, reduction, vocab_size, logits.shape[-1])
-    backend = choose(logits)
+    backend = choose(logits, "cross_entropy")
     options = (ignore_index, label_smoothing, z_loss, reduction, classes)
     if backend == "reference":
         return reference.cross_entropy(logits, targets, *options)

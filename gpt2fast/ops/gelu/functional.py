@@ -30,7 +30,7 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
             f"x must have a last dimension of at least one, got shape {tuple(x.shape)}"
         )
     check_parameter("bias", bias, "x", x, (x.shape[-1],), "the last dimension of x")
-    backend = choose(x)
+    backend = choose(x, "gelu")
     if backend == "reference":
         return reference.gelu(x, bias)
     return apply(autograd.Gelu, x, bias, backend)

@@ -65,7 +65,7 @@ def gelu_mlp(
     x, fc_weight, proj_weight = (t for t in autocast(x, fc_weight, proj_weight) if t is not None)
     check_same_dtype("fc_weight", fc_weight, "x", x)
     check_same_dtype("proj_weight", proj_weight, "x", x)
-    backend = choose(x)
+    backend = choose(x, "gelu_mlp")
     if backend == "reference":
         return reference.gelu_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias)
     inputs = (x, fc_weight, fc_bias, proj_weight, proj_bias)

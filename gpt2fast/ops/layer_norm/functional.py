@@ -47,7 +47,7 @@ def layer_norm(
     Source: Ba et al. 2016, "Layer Normalization", https://arxiv.org/abs/1607.06450.
     """
     _check(x, weight, bias)
-    backend = choose(x)
+    backend = choose(x, "layer_norm")
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     return apply(autograd.LayerNorm, x, weight, bias, eps, backend)
@@ -86,7 +86,7 @@ def add_layer_norm(
     x, residual = distinct(x, residual)
     check_dropout(dropout_p)
     seed = dropout_seed(dropout_p, x.device)
-    backend = choose(x)
+    backend = choose(x, "layer_norm")
     options = (weight, bias, eps, dropout_p, seed)
     if backend == "reference":
         return reference.add_layer_norm(x, residual, *options)

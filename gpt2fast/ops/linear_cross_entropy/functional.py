@@ -104,7 +104,7 @@ def linear_cross_entropy(
         chunk_bytes = CHUNK_BYTES.get(x.device.type, 128 << 20)
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
-    backend = choose(x)
+    backend = choose(x, "linear_cross_entropy")
     options = (ignore_index, label_smoothing, z_loss, reduction, classes)
     if backend == "reference":
         loss, logprobs = reference.linear_cross_entropy(x, weight, targets, *options)
