@@ -163,9 +163,11 @@ def _padded_attention(qkv: Tensor, rows: _Rows, dropout: float, scale: float | N
 
     def attend(queries: list[Tensor], keys: list[Tensor], causal: bool) -> Tensor:
         # the ends of a row's documents, counted from its start
-        ends = [torch.cat([start[0], (start + torch.cat(e, 1)).flatten()]) for e in (queries, keys)]
+        q_starts, k_starts = (
+            torch.cat([start[0], (start + torch.cat(e, 1)).flatten()]) for e in (queries, keys)
+        )
         return functional.flash_attn_varlen_func(
-            q, k, v, *ends, length, length, dropout, scale, causal
+            q, k, v, q_starts, k_starts, length, length, dropout, scale, causal
         )
 
     # padding before (queries, then keys), the tokens, padding behind (queries, then keys)
