@@ -34,6 +34,12 @@ VARIANTS = (
         "gpt2fast cpu",
     )
 )
+#: Hugging Face's GPT-2 as it is and after `apply_gpt2fast_to_gpt2`, see test_swap.py.
+SWAP_VARIANTS = (
+    "Hugging Face",
+    "Hugging Face, malloc tuned",
+    "gpt2fast in one line",
+)
 CLIP = 1.0
 OPTIONS: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95)}
 
@@ -53,6 +59,8 @@ def precision() -> AbstractContextManager[Any]:
 def make_step(variant: str, config: GPTConfig) -> Step:
     """step(idx, targets) -> loss: forward, backward, clipping at 1.0, AdamW, gradients dropped."""
     torch.manual_seed(0)
+    if variant in SWAP_VARIANTS:
+        return _hugging_face_step(config, variant)
     if not GPU and variant != "torch eager":
         gpt2fast.keep_freed_memory()
     ours = variant.startswith("gpt2fast")
@@ -120,6 +128,35 @@ def _plain_step(config: GPTConfig, compiled: bool, graph: bool) -> Step:
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         fused.step()
         fused.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def _hugging_face_step(config: GPTConfig, variant: str) -> Step:
+    """transformers' GPT-2 with sdpa and fused AdamW, the loss from labels, as a script of a user."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    if "malloc tuned" in variant:
+        gpt2fast.keep_freed_memory()
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=config.vocab_size, attn_implementation="sdpa", **shape, **dropout)
+    )
+    model = model.to(DEVICE).train()
+    if variant.startswith("gpt2fast"):
+        gpt2fast.apply_gpt2fast_to_gpt2(model)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, fused=True, **OPTIONS)
+
+    def step(idx: Tensor, targets: Tensor) -> Tensor:
+        with precision():
+            loss = model(idx, labels=idx, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     return step

@@ -10,6 +10,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -64,12 +65,17 @@ class Worker:
 
 
 def measure(
-    model: str, batch: int, length: int, rounds: int
+    model: str,
+    batch: int,
+    length: int,
+    rounds: int,
+    variants: Sequence[str] = VARIANTS,
+    op: str = "training step of GPT-2",
 ) -> dict[str, tuple[list[float], dict[str, Any]]]:
     """Seconds and table numbers of every variant."""
     answers: dict[str, list[dict[str, float]]] = {}
     ceilings = []
-    for together in [[variant] for variant in VARIANTS] if GPU else [VARIANTS]:
+    for together in [[variant] for variant in variants] if GPU else [variants]:
         workers = {variant: Worker(variant, model, batch, length) for variant in together}
         answers |= {variant: [] for variant in together}
         try:
@@ -92,7 +98,7 @@ def measure(
         results[variant] = (
             seconds,
             {
-                "op": f"training step of GPT-2 {SIZES.get(model, model)}",
+                "op": f"{op} {SIZES.get(model, model)}",
                 "label": f"B{batch} T{length} {DTYPE_NAME}",
                 "variant": variant,
                 "direction": "step",

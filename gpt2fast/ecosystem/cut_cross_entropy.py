@@ -24,8 +24,15 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
     reduction: str = "mean",
-    shift: bool | int = False,
-    **options: Any,
+    shift: bool | int = 0,
+    return_lse: bool = False,
+    filter_eps: float | str | None = "auto",
+    accum_e_fp32: bool = False,
+    accum_c_fp32: bool = False,
+    filter_e_grad: bool = True,
+    filter_c_grad: bool = True,
+    impl: str | Any = "cce",
+    vocab_parallel_options: Any = None,
 ) -> Tensor:
     """Cross-entropy of e @ c.T with targets; the logits never exist whole.
 
@@ -37,8 +44,9 @@ def linear_cross_entropy(
         ignore_index: targets with loss 0, which the mean leaves out.
         reduction: "mean", "sum" or "none".
         shift: position t predicts target t + shift (True: 1) along the last dimension of targets.
-        bias, softcap: only None.
-        options: none of the original's further arguments is supported.
+        bias, softcap, return_lse, vocab_parallel_options: only their defaults.
+        filter_eps, filter_e_grad, filter_c_grad, accum_e_fp32, accum_c_fp32, impl: any. They let the
+            original trade accuracy for speed; here nothing is filtered, and sums are fp32.
 
     Returns:
         The loss in fp32; for "none" of the targets' shape, shortened by `shift`.
@@ -51,9 +59,13 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(e, c, targets, shift=True)
     tensor(1.3863)
     """
-    refuse("linear_cross_entropy", bias=(bias, None), softcap=(softcap, None))
-    for name, value in options.items():
-        raise ValueError(f"{name}={value!r} is not supported by gpt2fast's linear_cross_entropy")
+    refuse(
+        "linear_cross_entropy",
+        bias=(bias, None),
+        softcap=(softcap, None),
+        return_lse=(return_lse, False),
+        vocab_parallel_options=(vocab_parallel_options, None),
+    )
     shift = int(shift)
     if shift < 0:
         raise ValueError(f"shift must not be negative, got {shift}")

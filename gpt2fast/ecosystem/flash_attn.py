@@ -24,6 +24,8 @@ __all__ = [
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "layer_norm_fn",
 ]
@@ -164,6 +166,85 @@ def flash_attn_varlen_func(
     return functional.flash_attn_varlen_func(
         q, k, v, *starts, *longest, dropout_p, softmax_scale, causal
     )
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    """:func:`flash_attn_varlen_func` on qkv (total, 3, H, D).
+
+    Returns:
+        (total, H, D) of qkv's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong or unsupported argument, named.
+
+    >>> qkv, starts = torch.randn(5, 3, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    >>> flash_attn_varlen_qkvpacked_func(qkv, starts, 3, causal=True).shape
+    torch.Size([5, 2, 8])
+    """
+    name = "flash_attn_varlen_qkvpacked_func"
+    _refuse_masks(name, window_size, softcap, alibi_slopes)
+    refuse(name, return_attn_probs=(return_attn_probs, False))
+    q, k, v = _unpacked("qkv", qkv, 3)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return functional.flash_attn_varlen_func(q, k, v, *lengths, dropout_p, softmax_scale, causal)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    """:func:`flash_attn_varlen_func` with keys and values in one kv (total keys, 2, H, D).
+
+    Returns:
+        (total queries, H, D) of q's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong or unsupported argument, named.
+
+    >>> q, kv = torch.randn(5, 2, 8), torch.randn(5, 2, 2, 8)
+    >>> starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    >>> flash_attn_varlen_kvpacked_func(q, kv, starts, starts, 3, 3).shape
+    torch.Size([5, 2, 8])
+    """
+    name = "flash_attn_varlen_kvpacked_func"
+    _refuse_masks(name, window_size, softcap, alibi_slopes)
+    refuse(name, return_attn_probs=(return_attn_probs, False))
+    k, v = _unpacked("kv", kv, 2)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return functional.flash_attn_varlen_func(q, k, v, *lengths, dropout_p, softmax_scale, causal)
+
+
+def _unpacked(name: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
+    check_floating(name, packed)
+    if packed.dim() != 4 or packed.shape[1] != parts:
+        raise ValueError(
+            f"{name} must have shape (total, {parts}, H, D), got {tuple(packed.shape)}"
+        )
+    return packed.unbind(1)
 
 
 def _refuse_masks(

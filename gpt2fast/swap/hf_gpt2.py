@@ -4,7 +4,8 @@ Four forwards are replaced, on instances: `GPT2Attention`, `GPT2MLP`, `LayerNorm
 decides at every call whether it covers the call, and hands it to Hugging Face's forward where not:
 
 - attention: no mask (Hugging Face builds none where nothing is padded and `attn_implementation` is
-  "sdpa"), with or without a key/value cache. A padded batch, packed sequences, a 4D mask,
+  "sdpa"), with or without a key/value cache; and the mask of a padded batch, left or right, without
+  tokens in the cache before it, as documents of different length. Packed sequences, any other mask,
   cross-attention, returned attention weights: Hugging Face's, which obeys the mask.
 - MLP: the tanh-GELU, with projections that are plain Conv1D. An adapter (LoRA) or a hook on one of
   them: Hugging Face's.
@@ -18,12 +19,14 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpt2fast import functional
+from gpt2fast.backends import keep_freed_memory
 from gpt2fast.swap.conv1d import conv1d_gelu_mlp
 from gpt2fast.swap.lazy_logits import lazy_head
 from gpt2fast.swap.proof import is_tanh_gelu
@@ -67,9 +70,10 @@ def attention(
     **kwargs: Any,
 ) -> Any:
     """GPT2Attention.forward on packed qkv."""
+    rows = None if attention_mask is None else _unpadded(attention_mask, hidden_states)
     if (
         args
-        or attention_mask is not None
+        or (attention_mask is not None and rows is None)
         or self.config._attn_implementation != "sdpa"
         or torch.jit.is_tracing()
         or hasattr(past_key_values, "self_attention_cache")  # of an encoder-decoder
@@ -96,7 +100,9 @@ def attention(
             *(() if at is None else ({"cache_position": at},)),
         )
         packed = key.shape[2] == length
-    if packed:
+    if rows is not None:
+        out = _padded_attention(qkv, rows, dropout, scale)
+    elif packed:
         out = functional.flash_attn_qkvpacked_func(qkv, dropout, scale, causal=True)
     else:
         if length > 1:  # without a mask: the first call on an empty cache of fixed size
@@ -105,6 +111,73 @@ def attention(
         out = functional.flash_attn_func(query, key, value, dropout, scale, causal=length > 1)
     out = self.c_proj(out.reshape(batch, length, -1))
     return self.resid_dropout(out), None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the tokens of a padded batch lie: the first and the end of every row."""
+
+    begin: Tensor  # (B,) int32, as all here
+    end: Tensor
+    right: bool  # whether a row has padding behind its tokens
+
+
+def _unpadded(mask: Tensor, hidden_states: Tensor) -> _Rows | None:
+    """The rows of a mask that hides the future and padding before and behind the tokens, or None.
+
+    Every layer asks of the same mask: the answer is kept on it.
+    """
+    batch, length, _ = hidden_states.shape
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(mask) is not Tensor:
+        return None
+    if mask.dtype != torch.bool or mask.shape != (batch, 1, length, length) or not mask.numel():
+        return None
+    known = getattr(mask, "_gpt2fast_rows", None)
+    if known is not None and known[0] == mask._version:
+        return known[1]
+    keys = mask[:, 0, -1]  # the last query sees all that are no padding
+    position = torch.arange(length, device=mask.device, dtype=torch.int32)
+    begin = torch.where(keys, position, length).amin(1)
+    end = torch.where(keys, position + 1, 0).amax(1)
+    seen = (position >= begin[:, None]) & (position < end[:, None])
+    causal = position[:, None] >= position
+    rows = None
+    if torch.equal(mask[:, 0], seen[:, None] & causal):
+        rows = _Rows(torch.minimum(begin, end), end, bool((end < length).any()))
+    mask._gpt2fast_rows = (mask._version, rows)  # type: ignore[attr-defined]
+    return rows
+
+
+def _padded_attention(qkv: Tensor, rows: _Rows, dropout: float, scale: float | None) -> Tensor:
+    """Attention of packed qkv (B, T, 3, H, D) within the tokens of each row, without a copy of them.
+
+    What sdpa gives for padding is given, too: 0 before the tokens, where no key is seen, and the
+    attention to all tokens behind them. Each row is a few documents, of which those of padding have
+    either queries or keys.
+    """
+    batch, length = qkv.shape[:2]
+    q, k, v = qkv.flatten(0, 1).unbind(1)
+    start = length * torch.arange(batch, device=qkv.device, dtype=torch.int32)[:, None]
+    before, after = rows.begin[:, None], rows.end[:, None]
+    none, whole = torch.zeros_like(before), torch.full_like(before, length)
+
+    def attend(queries: list[Tensor], keys: list[Tensor], causal: bool) -> Tensor:
+        # the ends of a row's documents, counted from its start
+        q_starts, k_starts = (
+            torch.cat([start[0], (start + torch.cat(e, 1)).flatten()]) for e in (queries, keys)
+        )
+        return functional.flash_attn_varlen_func(
+            q, k, v, q_starts, k_starts, length, length, dropout, scale, causal
+        )
+
+    # padding before (queries, then keys), the tokens, padding behind (queries, then keys)
+    out = attend(
+        [before, before, after, whole, whole], [none, before, after, after, whole], causal=True
+    )
+    if rows.right:
+        # padding before and the tokens (queries), padding before (keys); padding behind; its keys
+        out = out + attend([after, after, whole, whole], [none, before, after, whole], causal=False)
+    return out.view(batch, length, *out.shape[1:])
 
 
 def _present(kwargs: dict[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -220,6 +293,7 @@ def apply_gpt2fast_to_gpt2(
     mlp: bool = True,
     layer_norm: bool = True,
     loss: bool = True,
+    keep_memory: bool = True,
 ) -> SwapReport:
     """Runs a Hugging Face GPT-2 on gpt2fast's kernels; weights, classes and results stay the same.
 
@@ -227,14 +301,17 @@ def apply_gpt2fast_to_gpt2(
         model: a model that is or holds Hugging Face GPT-2 modules (also inside a wrapper), changed
             in place. None: every GPT-2 that is built from now on, by its class or by
             ``from_pretrained``, until the report's `revert`.
-        attention: GPT2Attention where nothing is masked but the future; calls with a padding mask,
+        attention: GPT2Attention where nothing is masked but the future and padding; other masks,
             and every other call that the kernel does not cover, go to Hugging Face's own.
             Dropout of attention probabilities draws other random numbers than torch's.
         mlp: GPT2MLP with the tanh-GELU.
         layer_norm: every LayerNorm over one dimension in the model.
         loss: the head and the cross-entropy as one in training. `outputs.logits` are then
             :class:`gpt2fast.swap.LazyLogits`: computed where something else than a loss
-            reads them. Under torch.compile, in evaluation and in generation they are plain.
+            reads them. Under torch.compile the graph ends before the head for that; with
+            fullgraph=True, in evaluation and in generation they are plain.
+        keep_memory: for training on a CPU, :func:`gpt2fast.keep_freed_memory`, which holds for the
+            whole process and is not undone by `revert`.
 
     Returns:
         A :class:`gpt2fast.swap.SwapReport`: what was replaced, what was left alone and why. Its
@@ -259,6 +336,8 @@ def apply_gpt2fast_to_gpt2(
     report = SwapReport()
     if model is None:
         _swap_classes(report, wanted, modeling)
+        if keep_memory and not torch.cuda.is_available():
+            keep_freed_memory()
         return report
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -271,6 +350,8 @@ def apply_gpt2fast_to_gpt2(
             )
     _swap(model, report, wanted, modeling)
     report._models.append(weakref.ref(model))
+    if keep_memory and any(p.device.type == "cpu" for p in model.parameters()):
+        keep_freed_memory()
     return report
 
 

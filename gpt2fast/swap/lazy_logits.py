@@ -285,13 +285,30 @@ _DESCRIBING: set[Any] = {
 }
 
 
+@torch.compiler.assume_constant_result
+def _may_leave_the_graph() -> bool:
+    """Whether the graph that is being captured may end here: not with fullgraph=True or in export."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tracer = InstructionTranslator.current_tx()
+        return not (tracer.one_graph or tracer.error_on_graph_break)
+    except (ImportError, AttributeError, RuntimeError):  # another torch: keep the graph whole
+        return False
+
+
 @fast_forward
 def lazy_head(self: nn.Linear, input: Tensor) -> Tensor:
-    """The forward of a head: plain logits, but lazy ones in eager training."""
+    """The forward of a head: plain logits, but lazy ones in training.
+
+    In torch.compile the graph ends before the head, where it may; head and loss run outside. With
+    fullgraph=True the logits are plain.
+    """
+    if torch.compiler.is_compiling():
+        return _outside(self, input) if _may_leave_the_graph() else original(self, input)
     weight = self.weight
     if (
         not self.training
-        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or not torch.is_grad_enabled()
         or _transforms_active()
@@ -313,3 +330,12 @@ def lazy_head(self: nn.Linear, input: Tensor) -> Tensor:
     if input.dtype != head.dtype:
         return original(self, input)
     return _make(input, head, head.shape[0], input.dtype)
+
+
+def _outside(head: nn.Linear, input: Tensor) -> Tensor:
+    return lazy_head(head, input)
+
+
+# Handlers, too: a part of a script that is compiled may get lazy logits as an argument.
+_outside = torch._disable_dynamo(_outside)
+_make = torch._disable_dynamo(_make)

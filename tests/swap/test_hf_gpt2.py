@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,16 @@ def padded(kind: str, like: Tensor) -> Tensor | None:
     if kind == "none":
         return None
     mask = torch.ones_like(like)
-    if kind == "left":
+    if kind in ("left", "both"):
         mask[0, :5] = 0
-    if kind == "right":
+    if kind in ("right", "both"):
         mask[1, 11:] = 0
+    if kind == "both":
+        mask[2, :2] = mask[2, -1:] = 0
+    if kind == "hole":
+        mask[1, 4:6] = 0
+    if kind == "nothing":
+        mask[1] = 0
     return mask
 
 
@@ -83,13 +90,19 @@ def run(model: Any, x: Tensor, mask: Tensor | None, **more: Any) -> dict[str, Te
     model.zero_grad()
     output = model(x, attention_mask=mask, labels=labels, **more)
     output.loss.backward()
-    logits = output.logits if mask is None else output.logits[mask.bool()]
-    found = {"loss": output.loss.detach(), "logits": logits.detach()}
+    found = {"loss": output.loss.detach(), "logits": output.logits.detach()}  # of padding, too
     return found | {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["none", "full", "left", "right"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *itertools.product(
+            ["none", "full", "left", "right", "both", "nothing"], [torch.float32, torch.bfloat16]
+        ),
+        ("hole", torch.float32),  # attention is theirs: nothing new to round in bf16
+    ],
+)
 def test_training_is_as_accurate_as_theirs(kind: str, dtype: torch.dtype) -> None:
     plain, fast, _ = pair()
     plain, fast = plain.to(dtype).train(), fast.to(dtype).train()
@@ -104,13 +117,25 @@ def test_training_is_as_accurate_as_theirs(kind: str, dtype: torch.dtype) -> Non
         compare(name, measured[name], expected[name], true.double())
 
 
-@pytest.mark.parametrize(("kind", "ours"), [("none", True), ("full", True), ("left", False)])
-def test_a_mask_goes_to_theirs_and_the_rest_to_ours(kind: str, ours: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "op"),
+    [
+        ("none", "attention_forward"),
+        ("full", "attention_forward"),
+        ("left", "attention_varlen_forward"),
+        ("right", "attention_varlen_forward"),
+        ("both", "attention_varlen_forward"),
+        ("hole", None),
+    ],
+)
+def test_padding_is_ours_and_other_masks_go_to_theirs(kind: str, op: str | None) -> None:
     _, fast, _ = pair()
     x = ids()
     with Spy() as spy:
         run(fast.train(), x, padded(kind, x))
-    assert ("attention_forward" in spy.seen) is ours
+    assert {name for name in spy.seen if "attention" in name and "forward" in name} == (
+        {op} if op else set()
+    )
     assert {"layer_norm_forward", "gelu_forward", "linear_cross_entropy_forward"} <= spy.seen
     assert {"layer_norm_backward", "gelu_backward"} <= spy.seen
 
@@ -133,6 +158,26 @@ def test_a_mask_of_four_dimensions_is_obeyed() -> None:
     masked = [m.eval()(x, attention_mask=mask).logits for m in (plain, fast)]
     torch.testing.assert_close(*masked)
     assert not torch.allclose(masked[1], fast(x).logits)
+
+
+def test_a_mask_that_changes_in_place_is_looked_at_again() -> None:
+    plain, fast, _ = pair()
+    x = ids(2, 6)
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    for column in (0, 4, 2):  # padding before the tokens, behind them, a hole
+        mask[0, :, :, column] = False
+        results = [m.eval()(x, attention_mask=mask).logits for m in (plain, fast)]
+        torch.testing.assert_close(*results)
+
+
+def test_padding_of_a_compiled_model_is_obeyed() -> None:
+    plain, fast, _ = pair()
+    fast.loss_type = "ForCausalLM"
+    x = ids()
+    torch._dynamo.reset()
+    compiled = torch.compile(fast.eval(), backend="eager", fullgraph=True)
+    results = [m(x, attention_mask=padded("both", x)).logits for m in (plain.eval(), compiled)]
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
@@ -247,6 +292,32 @@ def test_torch_compile_in_one_graph(training: bool) -> None:
     theirs = dict(plain.named_parameters())
     for name, ours in fast.named_parameters():
         torch.testing.assert_close(ours.grad, theirs[name].grad, msg=name)
+
+
+def test_torch_compile_fuses_head_and_loss_where_the_graph_may_end() -> None:
+    plain, fast, _ = pair()
+    plain.loss_type = fast.loss_type = "ForCausalLM"
+    x = ids()
+    torch._dynamo.reset()
+    compiled = torch.compile(fast.train(), backend="aot_eager")
+    output, expected = compiled(x, labels=x), plain.train()(x, labels=x)
+    for result in (output, expected):
+        result.loss.backward()
+    assert isinstance(output.logits, LazyLogits)
+    assert not output.logits.is_computed()
+    torch.testing.assert_close(output.loss, expected.loss)
+    theirs = dict(plain.named_parameters())
+    for name, ours in fast.named_parameters():
+        torch.testing.assert_close(ours.grad, theirs[name].grad, msg=name)
+    torch.testing.assert_close(output.logits, expected.logits)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_kept_if_wanted(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("gpt2fast.swap.hf_gpt2.keep_freed_memory", lambda: calls.append(1))
+    apply_gpt2fast_to_gpt2(make(), keep_memory=keep)
+    assert calls == [1] * keep
 
 
 def test_autocast() -> None:
