@@ -62,6 +62,12 @@ def adamw_(
 
     Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization",
     https://arxiv.org/abs/1711.05101.
+
+    >>> param, grad, exp_avg, exp_avg_sq = torch.ones(3), torch.ones(3), torch.zeros(3), torch.zeros(3)
+    >>> lists = [param], [grad], [exp_avg], [exp_avg_sq]
+    >>> gpt2fast.functional.adamw_(*lists, step=1, lr=0.1, weight_decay=0.0)
+    >>> param
+    tensor([0.9000, 0.9000, 0.9000])
     """
     check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, step, lr, grad_scale)
     run_adamw(
@@ -179,6 +185,9 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
+
+    >>> gpt2fast.functional.global_norm([torch.full((3,), 2.0), torch.tensor([[2.0]])])
+    tensor(4.)
     """
     if not tensors:
         return torch.zeros(())
