@@ -36,12 +36,16 @@ PUBLIC = (
     "optim",
     "recipes",
     "swap",
+    "training",
 )
 #: A doctest of a module itself; the others are those of names.
 MODULES = ("", "swap")
 SHAPE = re.compile(
-    r"\((\.\.\.|\w+( \w+)*)(, [\w. ]+)*,?\)|any shapes?|scalar|of x's shape|int64 \(B"
+    r"\((\.\.\.|\w+( \w+)*)(, [\w. ]+)*,?\)|\(\w \+ 1,\)|int64 \(B"
+    r"|any shapes?|x's shape|scalar|one-element"
 )
+#: What an entry under Args may say instead: it is told elsewhere, or no tensor is taken.
+ELSEWHERE = re.compile(r"shapes|as for|as in|only (None|their\s+defaults)")
 DTYPE = re.compile(r"dtype|float32|bfloat16|fp32|bf16|int64|int32")
 
 
@@ -84,6 +88,8 @@ def test_public_name(
     if takes_tensors(value):
         assert SHAPE.search(text), "no shapes"
         assert DTYPE.search(text), "no dtypes"
+        for name, entry in tensors_of(value, text).items():
+            assert SHAPE.search(entry) or ELSEWHERE.search(entry), f"no shape of {name}"
     run_examples(value, module, tmp_path, monkeypatch)
 
 
@@ -119,6 +125,19 @@ def raising(value: Any) -> bool:
     except (OSError, TypeError):  # a constructor that was not written: a dataclass
         return False
     return bool(re.search(r"^\s+(raise|check_\w+\(|_check\w*\()", source, flags=re.MULTILINE))
+
+
+def tensors_of(value: Any, text: str) -> dict[str, str]:
+    """By the name of each tensor that has an entry under Args, what that says."""
+    entries = re.findall(
+        r"^ {4}([\w, ]+): (.*(?:\n {8}.*)*)", text.partition("Args:\n")[2], re.MULTILINE
+    )
+    named = {name: entry for names, entry in entries for name in names.split(", ")}
+    return {
+        parameter.name: named[parameter.name]
+        for parameter in inspect.signature(value).parameters.values()
+        if "Tensor" in str(parameter.annotation) and parameter.name in named
+    }
 
 
 def takes_tensors(value: Any) -> bool:

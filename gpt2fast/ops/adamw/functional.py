@@ -52,8 +52,9 @@ def adamw_(
             each parameter, on its device: then nothing waits for the device to read it.
         lr: the learning rate; a scalar tensor is read on the device.
         beta1, beta2, eps, weight_decay: of AdamW; the decay is decoupled from the gradient.
-        masters: fp32 copies of half-precision parameters: the step is taken on the copy, and the
-            parameter is the copy rounded. So updates far below a parameter's last place add up.
+        masters: fp32 copies of half-precision parameters, of their shapes: the step is taken on the
+            copy, and the parameter is the copy rounded. So updates far below a parameter's last
+            place add up.
         grad_scale: a scalar by which gradients are multiplied on the fly, a clipping coefficient
             for example; the gradients themselves are not written.
 
