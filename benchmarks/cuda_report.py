@@ -1,11 +1,12 @@
 """Compiles the CUDA kernels that GPT-2 launches with nvcc, for GPUs that are not here, and reports.
 
-    python -m benchmarks.cuda_report [--arch 80 90a] [--case layer_norm] [--write FILE.md]
+    python -m benchmarks.cuda_report [--arch 80 90a] [--case layer_norm] [--built] [--write FILE.md]
 
 For each kernel and GPU: registers, spilled bytes (stack), shared memory, resident warps, and how many
 global accesses in the machine code are of 16 bytes. Which kernels, with how many threads and how
-much shared memory, the tests' emulator tells, which lists launches without running them. Ends with
-an error where a kernel spills or asks for more than the GPU has. Needs nvcc, g++, and cuobjdump (of
+much shared memory, the tests' emulator tells, which lists launches without running them. --built
+reads the installed extension, which must hold code for the GPUs, and compiles nothing. Ends with an
+error where a kernel spills or asks for more than the GPU has. Needs nvcc, g++, and cuobjdump (of
 the CUDA toolkit or of the triton package).
 """
 
@@ -100,20 +101,29 @@ class Code:
     products: int  # tensor-core instructions
 
 
-def codes(cubin: Path, symbols: set[str]) -> dict[str, Code]:
-    """The kernels of `symbols` that a cubin has."""
+def built() -> Path:
+    """The installed extension."""
+    found = importlib.util.find_spec("gpt2fast._cuda")
+    if found is None or found.origin is None:
+        raise SystemExit("--built: the CUDA kernels are not built; `gpt2fast info` says why")
+    return Path(found.origin)
+
+
+def codes(file: Path, arch: str, symbols: set[str]) -> dict[str, Code]:
+    """The kernels of `symbols` that a cubin, or an extension, has for a GPU."""
+    dump = (tool("cuobjdump"), "--gpu-architecture", f"sm_{arch}")
     usage = dict(
         (name, (int(registers), int(stack)))
         for name, registers, stack in re.findall(
             r"Function (\S+):\s+REG:(\d+) STACK:(\d+)",
-            output(tool("cuobjdump"), "--dump-resource-usage", cubin),
+            output(*dump, "--dump-resource-usage", file),
         )
     )
     found = {}
     wanted = sorted(symbols & usage.keys())
     if not wanted:
         return {}
-    listing = output(tool("cuobjdump"), "--dump-sass", "--function", ",".join(wanted), cubin)
+    listing = output(*dump, "--dump-sass", "--function", ",".join(wanted), file)
     for part in listing.split("Function : ")[1:]:
         name, _, code = part.partition("\n")
         memory = re.findall(r"\s((?:LDG|STG|LDGSTS)\.[A-Z0-9_.]+)", code)
@@ -195,23 +205,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=sorted(GPUS), default=sorted(GPUS))
     parser.add_argument("--case", default="", help="only cases whose name begins so")
+    parser.add_argument("--built", action="store_true", help="of the installed extension")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="write the report to a file")
     options = parser.parse_args()
     chosen = [name for name in CASES if name.startswith(options.case)]
     if not chosen:
         parser.error(f"no case begins with {options.case!r}; there are {', '.join(CASES)}")
-    ops = {name.split()[0] for name in chosen}
-    # An op may launch what another has whose name is part of its own.
-    sources = [s for s in sorted(CSRC.glob("*/*.cu")) if any(s.parent.name in op for op in ops)]
-    with ThreadPoolExecutor(2) as pool:
-        work = [(source, arch) for arch in options.arch for source in sources]
-        cubins = list(pool.map(lambda job: (job[1], compiled(*job)), work))
+    if options.built:
+        files = [(arch, built()) for arch in options.arch]
+    else:
+        ops = {name.split()[0] for name in chosen}
+        # An op may launch what another has whose name is part of its own.
+        sources = [s for s in sorted(CSRC.glob("*/*.cu")) if any(s.parent.name in op for op in ops)]
+        with ThreadPoolExecutor(2) as pool:
+            work = [(source, arch) for arch in options.arch for source in sources]
+            files = list(pool.map(lambda job: (job[1], compiled(*job)), work))
     rows, missing = [], []
     for arch in options.arch:
         wanted, made = launches(arch, chosen), {}
-        for of, cubin in cubins:
+        for of, file in files:
             if of == arch:
-                made |= codes(cubin, {launch.symbol for launch in wanted})
+                made |= codes(file, arch, {launch.symbol for launch in wanted})
         for launch in wanted:
             if launch.symbol in made:
                 rows.append(Row(arch, launch, made[launch.symbol]))

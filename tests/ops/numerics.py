@@ -20,8 +20,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def device_of(backend: str) -> torch.device:
     """Where the tests of a backend have their tensors."""
-    on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
+    on_cpu = backend not in ("triton", "cuda") or is_slow(backend)
+    return torch.device("cpu" if on_cpu else "cuda")
+
+
+def is_slow(backend: str) -> bool:
+    """Whether it is a GPU's, interpreted or emulated here: shapes are to be small."""
+    return backend in ("triton", "cuda") and not torch.cuda.is_available()
 
 
 def _run(

@@ -19,6 +19,7 @@ from tests.ops.numerics import (
     assert_compiles,
     assert_deterministic,
     device_of,
+    is_slow,
 )
 
 Tensors = dict[str, torch.Tensor]
@@ -59,7 +60,7 @@ def check(
     + [(n, dtype) for n in (1, 113) for dtype in (torch.bfloat16, torch.float16)],
 )
 def test_lengths(backend: str, length: int, causal: bool, dtype: torch.dtype) -> None:
-    batch, heads = (2, 3) if length < 200 or backend != "cuda" else (1, 1)  # emulation is slow
+    batch, heads = (1, 1) if length > 200 and is_slow(backend) else (2, 3)
     check(qkv_inputs(batch, length, length, heads, 64), causal, dtype=dtype, backend=backend)
 
 
@@ -90,12 +91,12 @@ def test_queries_and_keys_of_different_length(
 ) -> None:
     heads = 8 if backend == "cpu" else 1  # the CPU divides heads among its threads
     check(qkv_inputs(2, queries, keys, heads, 64), causal, backend=backend)
-    size = 20 if backend == "cpu" else 24  # tensor cores need rows that start on 16 bytes
+    size = 24 if backend == "cuda" else 20  # its tensor cores need rows that start on 16 bytes
     check(qkv_inputs(1, queries, keys, 2, size), causal, dtype=torch.bfloat16, backend=backend)
 
 
 def test_long(backend: str) -> None:
-    length = 1025 if backend != "cuda" else 321  # emulation is slow
+    length = 321 if is_slow(backend) else 1025
     for causal in (True, False):
         check(qkv_inputs(1, length, length, 1, 64), causal, backend=backend)
     inputs = qkv_inputs(1, length, length, 1, 64)
@@ -107,8 +108,8 @@ def test_long(backend: str) -> None:
 @pytest.mark.parametrize("length", [97, 1025])
 def test_peaked_softmax(backend: str, length: int, causal: bool, factor: float) -> None:
     heads = 2
-    if backend == "cuda" and length > 1000:
-        length, heads = 257, 1  # emulation is slow
+    if length > 1000 and is_slow(backend):
+        length, heads = 257, 1
     inputs = qkv_inputs(1, length, length, heads, 64)
     inputs["q"] *= factor
     check(inputs, causal, backend=backend)
@@ -546,7 +547,7 @@ def test_wrong_documents(backend: str, change: dict, error: type[Exception], mes
 @pytest.mark.parametrize("heads", [1, 3, 12])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_deterministic(backend: str, heads: int, dropout_p: float) -> None:
-    length = 300 if backend == "cpu" else 140  # the interpreter is slow
+    length = 140 if is_slow(backend) else 300
     dtype = torch.bfloat16 if backend == "cuda" else torch.float32  # on tensor cores
     with device_of(backend):
         tensors = [t.to(dtype) for t in qkv_inputs(1, length, length, heads, 64).values()]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gpt2fast import GPT, GPTConfig, use_backend
-from gpt2fast.data import BatchLoader, TokenDataset
+from gpt2fast.data import BatchLoader, TokenDataset, prepare
 from gpt2fast.optim import AdamW
 from gpt2fast.training import TrainConfig, resume_run, start_run
 from gpt2fast.training import trainer as trainers
@@ -149,6 +149,31 @@ def test_the_losses_of_two_are_those_of_one(
     assert {k: v.shape for k, v in kept.items() if k.startswith("optimizer")} == {
         k: v.shape for k, v in expected.items() if k.startswith("optimizer")
     }
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_responses_weigh_the_same_in_every_process(
+    two: Two, settings: dict[str, Any], tmp_path: Path, parallel: str
+) -> None:
+    """Rows with one target or thirty: the mean is over all targets of a step, wherever they are."""
+    source = tmp_path / "pairs.jsonl"
+    with source.open("w") as lines:
+        for i in range(200):
+            short, long = "x" * (1 + i % 3), "abcd" * (1 + i % 7)
+            pair = (long, short) if i % 2 else (short, long)
+            lines.write(json.dumps(dict(zip(("prompt", "response"), pair, strict=True))) + "\n")
+    prepare(str(source), tmp_path / "data", tokenizer="byte", supervised=True, progress=False)
+    settings = {**settings, "data": str(tmp_path / "data"), "max_steps": 5, "eval_interval": 0}
+    runs = []
+    for rows in (8, 4, 2):
+        config = TrainConfig(**{**settings, "batch_size": rows, "grad_accum": 8 // rows})
+        runs.append(start_run(config, tmp_path / f"rows{rows}").run)
+    found = max(distance(runs[0], run) for run in runs[1:])
+    bound = 2 * found + torch.finfo(torch.float32).eps * max(train_losses(runs[0]).values())
+    asked = {"parallel": parallel, "batch_size": 2, "grad_accum": 4}
+    two(start, {**settings, **asked}, tmp_path / "both")
+    assert distance(tmp_path / "both", runs[0]) <= bound
+    assert bound < 1e-4
 
 
 def ranks_here() -> Ranks:

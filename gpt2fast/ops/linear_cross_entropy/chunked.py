@@ -30,21 +30,19 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What a backend brings: the functions of its cross-entropy, and two of its own."""
+    """What a backend brings: the functions of its cross-entropy, and one of its own."""
 
     count_of: Callable[..., Tensor | None]
     reduced: Callable[..., Tensor]
     forward_rows: Callable[..., None]
     backward_rows: Callable[..., None]
-    #: (a, b, out, add): fp32 out = a b or out += a b for half precision, where PyTorch cannot
-    product: Callable[[Tensor, Tensor, Tensor, bool], None]
     #: (values, factor, count): values *= factor / count, 0 for no rows; either may be None
     scale: Callable[[Tensor, Tensor | None, Tensor | None], None]
 
 
 @functools.cache
 def _library_adds(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this PyTorch adds half-precision products to fp32 matrices (CUDA, from 2.9 on)."""
+    """Whether PyTorch adds half-precision products to fp32 matrices here: on GPUs, not on CPUs."""
     if device.type != "cuda":
         return False
     a, out = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
@@ -56,12 +54,10 @@ def _library_adds(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
-def _multiply(kernels: Kernels, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out = a b or out += a b, for fp32 `out`."""
-    if a.dtype == torch.float32:
-        torch.addmm(out, a, b, beta=int(add), out=out)
-    elif not _library_adds(a.dtype, a.device):
-        kernels.product(a, b, out, add)
+    if a.dtype == torch.float32 or not _library_adds(a.dtype, a.device):
+        torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
     elif add:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
@@ -116,9 +112,9 @@ class _Head:
 
     def add_gradients(self, dlogits: Tensor, chunk: slice) -> None:
         if self.dx is not None:
-            _multiply(self.kernels, dlogits, self.weight, self.dx[chunk])
+            _multiply(dlogits, self.weight, self.dx[chunk])
         if self.dweight is not None:
-            _multiply(self.kernels, dlogits.t(), self.x[chunk], self.sum, chunk.start > 0)
+            _multiply(dlogits.t(), self.x[chunk], self.sum, chunk.start > 0)
 
     def gradients(self, factor: Tensor | None, count: Tensor | None) -> list[Tensor | None]:
         """dx and dweight, times `factor` and over `count` where given."""

@@ -6,17 +6,11 @@ PyTorch's (cuBLAS), and gradients are scaled by csrc/linear_cross_entropy/linear
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from gpt2fast.ops.cross_entropy.cuda import backward_rows, count_of, forward_rows, reduced
 from gpt2fast.ops.cuda_common import launch
 from gpt2fast.ops.linear_cross_entropy import chunked
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """Through fp32 copies: for the emulator, as PyTorch multiplies into fp32 on a GPU only."""
-    torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
 
 
 def _scale(values: Tensor, factor: Tensor | None, count: Tensor | None) -> None:
@@ -29,5 +23,5 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
     _scale(gradient, factor, None)
 
 
-_KERNELS = chunked.Kernels(count_of, reduced, forward_rows, backward_rows, _product, _scale)
+_KERNELS = chunked.Kernels(count_of, reduced, forward_rows, backward_rows, _scale)
 forward, backward = partial(chunked.forward, _KERNELS), partial(chunked.backward, _KERNELS)
