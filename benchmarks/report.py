@@ -27,6 +27,16 @@ def load(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, whole
 
 
+def title(whole: dict[str, Any]) -> str:
+    """The machine, date and commit of a file of results."""
+    machine = whole["machine_info"]
+    return (
+        f"{machine['cpu'].get('brand_raw', machine['processor'])}, {machine['threads']} threads,"
+        f" torch {machine.get('torch')}, {machine.get('backend')}, {whole['datetime'][:10]},"
+        f" commit {whole['commit_info'].get('id', 'unknown')[:10]}"
+    )
+
+
 def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
@@ -35,7 +45,8 @@ def _memory(size: float) -> str:
     return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose source is aligned."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
@@ -91,7 +102,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             )
         head = ["shape", "direction", *variants, "over eager", "over best peer", "rate"]
         head += ["of roofline", "peak memory"]
-        parts.append(f"### {op}\n\n{_table(head, lines)}\n")
+        parts.append(f"### {op}\n\n{table(head, lines)}\n")
     return "\n".join(parts)
 
 
@@ -141,15 +152,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the speed-ups")
     arguments = parser.parse_args()
     rows, whole = load(arguments.file)
-    machine = whole["machine_info"]
-    title = (
-        f"{machine['cpu'].get('brand_raw', machine['processor'])}, {machine['threads']} threads,"
-        f" torch {machine.get('torch')}, {machine.get('backend')}, {whole['datetime'][:10]},"
-        f" commit {whole['commit_info'].get('id', 'unknown')[:10]}"
-    )
-    print(f"{title}\n\n{tables(rows)}")
+    print(f"{title(whole)}\n\n{tables(rows)}")
     if arguments.plot:
-        plot(rows, arguments.plot, title)
+        plot(rows, arguments.plot, title(whole))
 
 
 if __name__ == "__main__":

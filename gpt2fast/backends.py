@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["BackendUnavailable", "Status", "keep_freed_memory", "status", "use_backend"]
+
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = (
     "layer_norm",
@@ -38,12 +40,23 @@ SELECTED = Path(__file__).parent / "ops" / "selected"
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend that was asked for cannot run here; the message says why."""
+    """The backend that was asked for cannot run here; the message says why.
+
+    >>> try:
+    ...     with gpt2fast.use_backend("cuda"):
+    ...         pass
+    ... except gpt2fast.BackendUnavailable as error:
+    ...     reason = str(error)
+    """
 
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a backend can run here: `detail` says what it is, or why not and what to do."""
+    """Whether a backend can run here: `detail` says what it is, or why not and what to do.
+
+    >>> gpt2fast.backends.status("reference")
+    Status(available=True, detail='PyTorch ...')
+    """
 
     available: bool
     detail: str
@@ -100,7 +113,17 @@ def cuda_kernels() -> Any:
 
 @functools.cache
 def status(name: str) -> Status:
-    """Whether backend `name` can run here."""
+    """Whether backend `name` can run here, and why not.
+
+    Args:
+        name: one of "reference", "cpu", "triton" and "cuda".
+
+    Raises:
+        ValueError: there is no such backend.
+
+    >>> gpt2fast.backends.status("reference").available
+    True
+    """
     if name == "reference":
         return Status(True, f"PyTorch {torch.__version__}")
     if name == "cpu":
@@ -300,6 +323,9 @@ def keep_freed_memory() -> bool:
     Speeds up eager training on a CPU at the cost of memory that is not given back to the system;
     holds for the whole process. Returns False where the C library has no such setting (not glibc)
     or the C++ extension is missing.
+
+    >>> gpt2fast.keep_freed_memory() in (True, False)
+    True
     """
     try:
         cpu_kernels()

@@ -34,7 +34,14 @@ _PLAIN: Final = (
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix (N, K): `data` in fp32, bf16 or int8, for int8 with `scale` (N,) fp32."""
+    """A matrix (N, K): `data` in fp32, bf16 or int8, for int8 with `scale` (N,) fp32.
+
+    >>> weight = pack(torch.tensor([[0.0, 1.27]]), "int8")
+    >>> weight.data, weight.nbytes
+    (tensor([[  0, 127]], dtype=torch.int8), 6)
+    >>> weight.linear(torch.ones(3, 2)).shape
+    torch.Size([3, 1])
+    """
 
     data: Tensor
     scale: Tensor | None = None
@@ -95,6 +102,9 @@ def pack(weight: Tensor, weights: Weights) -> PackedWeight:
 
     Raises:
         ValueError: there are no such weights.
+
+    >>> pack(torch.randn(4, 8), "bfloat16").data.dtype
+    torch.bfloat16
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
@@ -108,7 +118,15 @@ def pack(weight: Tensor, weights: Weights) -> PackedWeight:
 
 
 def suits(model: GPT) -> bool:
-    """Whether `Decoder` computes what the model does: plain modules on the CPU, no hooks."""
+    """Whether `Decoder` computes what the model does: plain modules on the CPU, no hooks.
+
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=10, block_size=16))
+    >>> suits(model)
+    True
+    >>> _ = model.register_forward_hook(lambda module, inputs, output: None)
+    >>> suits(model)
+    False
+    """
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     return next(model.parameters()).device.type == "cpu" and not any(
         type(module) not in _PLAIN or any(getattr(module, name) for name in hooks)
@@ -122,8 +140,7 @@ class Decoder(nn.Module):
     Called as the model is, it gives logits or the loss, computed by the same kernels. Weights of the
     model's own dtype are shared with it, others are copied: then the model is no longer needed.
 
-    >>> from gpt2fast import GPTConfig
-    >>> model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=10, block_size=16))
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=10, block_size=16))
     >>> decoder = Decoder(model, "int8")
     >>> decoder.forward_cached(torch.tensor([[1, 2, 3]]), decoder.new_cache(1)).shape
     torch.Size([1, 10])

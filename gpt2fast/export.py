@@ -44,9 +44,20 @@ FILES: Final = frozenset(
 
 
 def check_target(out: Path, kind: str, *, overwrite: bool) -> None:
-    """Before any work: raises FileExistsError where an export would touch what it may not.
+    """Before any work: refuses where an export would touch what it may not.
 
     `kind` is "llmc" or "huggingface".
+
+    Raises:
+        FileExistsError: a file where a folder is wanted, or the reverse; something that needs
+            `overwrite`; a folder that holds more than a model.
+
+    >>> from pathlib import Path
+    >>> check_target(Path("new"), "huggingface", overwrite=False)
+    >>> _ = Path("old.bin").write_bytes(b"")
+    >>> check_target(Path("old.bin"), "llmc", overwrite=False)
+    Traceback (most recent call last):
+    FileExistsError: [Errno 17] pass --overwrite to replace it: 'old.bin'
     """
     if kind == "llmc":
         if out.is_dir():
@@ -77,6 +88,13 @@ def export_llmc(
     """Write an llm.c file and return lines for the user; `dtype` is by default the model's.
 
     Raises OSError, ValueError as `llmc.save`.
+
+    >>> from pathlib import Path
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=257, block_size=16))
+    >>> model.save_pretrained("run")
+    >>> notes = export_llmc(model, Path("run"), Path("gpt2.bin"))
+    >>> gpt2fast.GPT.from_pretrained("gpt2.bin").config.n_embd
+    8
     """
     weights = model.transformer.wte.weight.dtype
     dtype = dtype or (weights if weights in llmc.VERSIONS.values() else torch.float32)
@@ -100,6 +118,13 @@ def export_huggingface(
 
     Raises:
         OSError: something cannot be written.
+
+    >>> from pathlib import Path
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=257, block_size=16))
+    >>> model.save_pretrained("run")
+    >>> notes = export_huggingface(model, Path("run"), Path("out"), dtype=torch.bfloat16)
+    >>> sorted(path.name for path in Path("out").iterdir() if path.suffix != ".md")
+    ['config.json', 'generation_config.json', 'model.safetensors']
     """
     notes: list[str] = []
     try:
@@ -167,7 +192,13 @@ def _gpt2_files(block_size: int) -> dict[str, str]:
 
 
 def model_card(model: GPT, origin: Path, tokenizer: Tokenizer | None, title: str) -> str:
-    """README.md of a model: its shape, how it was trained as far as `origin` tells, how to use it."""
+    """README.md of a model: its shape, how it was trained as far as `origin` tells, how to use it.
+
+    >>> from pathlib import Path
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=257, block_size=16))
+    >>> "# mine" in model_card(model, Path("run"), None, "mine")
+    True
+    """
     shape = model.config
     vocabulary = f"{shape.vocab_size:,} tokens"
     if tokenizer is not None:

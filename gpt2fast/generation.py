@@ -39,10 +39,13 @@ def window_start(length: int, prompt: int, block_size: int) -> int:
 
 
 def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Logits (B, V) with -inf for all but the candidates.
+    """Logits (B, V) with -inf for all but the candidates, of the dtype that comes in.
 
     `top_k` keeps the k largest. `top_p` then keeps the fewest of the largest whose probabilities
     sum to at least p, at least one (nucleus sampling, Holtzman et al. 2020).
+
+    >>> filter_logits(torch.tensor([[0.0, 2.0, 1.0]]), top_k=2)
+    tensor([[-inf, 2., 1.]])
     """
     count = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
     if count == logits.shape[-1] and top_p is None:
@@ -89,6 +92,12 @@ def stream(
 
     Raises:
         TypeError, ValueError: at the call, naming the argument.
+
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=10, block_size=16))
+    >>> for token in stream(model, torch.tensor([[3, 1, 4]]), 2, temperature=0):
+    ...     print(token.shape, token.dtype)
+    torch.Size([1]) torch.int64
+    torch.Size([1]) torch.int64
     """
     _check(model, idx, max_new_tokens, temperature, top_k, top_p, stop_token)
     if not use_cache and (weights is not None or not hasattr(model, "hidden")):
@@ -122,7 +131,15 @@ def generate(
     use_cache: bool = True,
     weights: Weights | None = None,
 ) -> Tensor:
-    """The prompt idx (B, T) and up to `max_new_tokens` tokens more, int64; see `stream`."""
+    """The prompt idx (B, T) and up to `max_new_tokens` tokens more, int64; see `stream`.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named.
+
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=10, block_size=16))
+    >>> gpt2fast.generate(model, torch.tensor([[3, 1, 4]]), 5, top_k=3, generator=1).shape
+    torch.Size([1, 8])
+    """
     new = stream(
         model,
         idx,
@@ -143,6 +160,10 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> Tensor:
 
     Raises:
         ValueError: the vocabulary lacks a character.
+
+    >>> from gpt2fast.data import ByteTokenizer
+    >>> prompt_tokens(ByteTokenizer(), "Hi")
+    tensor([[ 72, 105]])
     """
     if prompt:
         ids = tokenizer.encode(prompt).tolist()

@@ -31,13 +31,20 @@ TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
 class ModelUnavailable(RuntimeError):
-    """A model is not in the cache and could not be fetched from the Hugging Face Hub."""
+    """A model is not in the cache and could not be fetched from the Hugging Face Hub.
+
+    >>> issubclass(ModelUnavailable, RuntimeError)
+    True
+    """
 
 
 def hub_name(name: str | Path) -> str | None:
     """The Hub's repository that `name` stands for; None for what is on this disk, or should be.
 
     A folder or file of the name goes first.
+
+    >>> hub_name("gpt2"), hub_name("owner/name"), hub_name("./folder")
+    ('openai-community/gpt2', 'owner/name', None)
     """
     text = str(name)
     if Path(name).exists():
@@ -53,6 +60,11 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         ModelUnavailable: it is a name on the Hub that could not be had.
         ValueError: the repository has no safetensors.
+
+    >>> from pathlib import Path
+    >>> Path("mine").mkdir()
+    >>> str(locate("mine"))
+    'mine'
     """
     repository = hub_name(name)
     if repository is None:
@@ -126,7 +138,15 @@ def _no_model(name: str | Path, repository: str, cache: str, error: Exception) -
 
 
 def load(folder: str | Path, *, dropout: float = 0.0) -> "GPT":
-    """See :meth:`gpt2fast.GPT.from_pretrained`."""
+    """See :meth:`gpt2fast.GPT.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError: see there.
+
+    >>> save(gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=10, block_size=16)), "mine")
+    >>> load("mine").config.n_embd
+    8
+    """
     from gpt2fast.model import GPT, GPTConfig
 
     folder = Path(folder)
@@ -252,6 +272,11 @@ def save(
         folder: where it is written.
         dtype: of the weights in the file; by default the model's.
         end_of_text: the token that begins and ends texts; by default GPT-2's for its vocabulary.
+
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=10, block_size=16))
+    >>> save(model, "mine", dtype=torch.bfloat16)
+    >>> next(load("mine").parameters()).dtype
+    torch.bfloat16
     """
     config = model.config
     folder = Path(folder)

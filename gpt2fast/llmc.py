@@ -66,6 +66,11 @@ def save(model: GPT, path: str | Path, dtype: torch.dtype = torch.float32) -> No
     Raises:
         ValueError: another dtype, or a layer_norm_epsilon other than llm.c's 1e-5.
         OSError: the file cannot be written.
+
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=10, block_size=16))
+    >>> save(model, "mine.bin", torch.float16)
+    Traceback (most recent call last):
+    ValueError: ...
     """
     versions = {kept: version for version, kept in VERSIONS.items()}
     if dtype not in versions:
@@ -111,6 +116,11 @@ def load(path: str | Path, *, dropout: float = 0.0) -> GPT:
     Raises:
         FileNotFoundError: no such file.
         ValueError: another format, or the file is cut short or too long.
+
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=10, block_size=16))
+    >>> save(model, "mine.bin", torch.bfloat16)
+    >>> load("mine.bin").config == model.config
+    True
     """
     from gpt2fast.model import GPT, GPTConfig
 

@@ -38,6 +38,10 @@ class GPTConfig:
 
     Raises:
         ValueError: a size below one, n_embd not divisible by n_head, or dropout not in [0, 1).
+
+    >>> config = gpt2fast.GPTConfig.from_name("gpt2", block_size=512)
+    >>> config.n_layer, config.n_embd, config.padded_vocab_size
+    (12, 768, 50304)
     """
 
     n_layer: int = 12
@@ -85,6 +89,19 @@ class KVCache:
         batch_size: B.
         capacity: how many positions fit, at most and by default block_size.
         dtype, device: those of the model's activations.
+
+    Keys and values are (capacity, H, D) for each layer and row of the batch, D = n_embd / n_head.
+
+    Raises:
+        ValueError: a capacity that is not 1 to block_size.
+
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=10, block_size=16)).eval()
+    >>> cache = model.new_cache(batch_size=1)
+    >>> with torch.no_grad():
+    ...     logits = model.forward_cached(torch.tensor([[3, 1, 4]]), cache)
+    ...     logits = model.forward_cached(torch.tensor([[1]]), cache)  # reads the three from the cache
+    >>> logits.shape, cache.length
+    (torch.Size([1, 10]), 4)
     """
 
     def __init__(

@@ -21,6 +21,14 @@ class LayerNorm(nn.LayerNorm):
 
     Raises:
         ValueError: `normalized_shape` has more than one dimension.
+
+    The input is (..., C) of float32, bfloat16 or float16, the output of its shape and dtype.
+
+    >>> norm = gpt2fast.nn.LayerNorm(8)
+    >>> norm.load_state_dict(torch.nn.LayerNorm(8).state_dict())
+    <All keys matched successfully>
+    >>> norm(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
     """
 
     def __init__(self, normalized_shape: int | list[int], *args: Any, **kwargs: Any) -> None:
@@ -44,6 +52,11 @@ class GELU(nn.GELU):
 
     Raises:
         ValueError: another form is asked for; it would not be the same function.
+
+    The input is (..., C) of float32, bfloat16 or float16, the output of its shape and dtype.
+
+    >>> gpt2fast.nn.GELU()(torch.tensor([[-1.0, 0.0, 1.0]]))
+    tensor([[-0.1588,  0.0000,  0.8412]])
     """
 
     def __init__(self, approximate: str = "tanh") -> None:
@@ -57,12 +70,20 @@ class GELU(nn.GELU):
 
 
 class CrossEntropyLoss(nn.Module):
-    """torch.nn.CrossEntropyLoss for logits (N, V) and class indices (N,).
+    """torch.nn.CrossEntropyLoss for logits (N, V) and class indices (N,): the loss in fp32.
 
     Args:
         ignore_index, reduction, label_smoothing: as in torch.
         z_loss: weight of lse^2, see :func:`gpt2fast.functional.cross_entropy`.
         inplace_backward: the gradient overwrites the logits, which saves a tensor of their size.
+
+    Raises:
+        TypeError, ValueError: at the call: a wrong argument, named.
+        IndexError: at the call, on the CPU: a target is no class and not `ignore_index`.
+
+    >>> loss = gpt2fast.nn.CrossEntropyLoss()(torch.zeros(2, 4), torch.tensor([0, 3]))
+    >>> f"{loss.item():.4f}"  # log 4
+    '1.3863'
     """
 
     def __init__(
@@ -103,6 +124,14 @@ class CausalSelfAttention(nn.Module):
 
     Raises:
         ValueError: n_embd is not divisible by n_head.
+
+    The input is (B, T, C), of the weights' dtype (float32, bfloat16 or float16) or under autocast of
+    any of them; so is the output.
+
+    >>> from types import SimpleNamespace
+    >>> config = SimpleNamespace(n_embd=16, n_head=2, dropout=0.0)
+    >>> gpt2fast.nn.CausalSelfAttention(config)(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
     """
 
     def __init__(self, config: Any) -> None:
@@ -153,6 +182,13 @@ class MLP(nn.Module):
 
     nanoGPT's own MLP uses the erf form of GELU, which differs by up to 5e-4 and is not the one that
     OpenAI's weights were trained with.
+
+    The input is (..., C), of the weights' dtype (float32, bfloat16 or float16) or under autocast of
+    any of them; the output is (..., C).
+
+    >>> from types import SimpleNamespace
+    >>> gpt2fast.nn.MLP(SimpleNamespace(n_embd=16, dropout=0.0))(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
     """
 
     def __init__(self, config: Any) -> None:
@@ -169,7 +205,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+    """A pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x)).
+
+    The input is (B, T, C), of the weights' dtype (float32, bfloat16 or float16) or under autocast of
+    any of them; the output is (B, T, C).
+
+    >>> from types import SimpleNamespace
+    >>> config = SimpleNamespace(n_embd=16, n_head=2, dropout=0.0)
+    >>> gpt2fast.nn.Block(config)(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__()

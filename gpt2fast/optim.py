@@ -44,9 +44,16 @@ class AdamW(torch.optim.Optimizer):
     A gradient that is not finite is treated as torch does: it spreads into the parameters. Look at
     :attr:`grad_norm` where that must not go unseen; it is not finite then.
 
-    >>> import gpt2fast.optim, torch
+    Raises:
+        ValueError: an option out of its range.
+        RuntimeError: at a step: a sparse gradient, or a CUDA graph captured without `capturable`.
+
     >>> model = torch.nn.Linear(4, 4)
     >>> optimizer = gpt2fast.optim.AdamW(model.parameters(), lr=6e-4, max_norm=1.0)
+    >>> model(torch.ones(4)).sum().backward()
+    >>> optimizer.step()
+    >>> f"{optimizer.grad_norm.item():.4f}"  # sqrt(20): 16 weights and 4 biases with gradient 1
+    '4.4721'
     """
 
     #: The global norm of the last step's gradients before clipping, an fp32 scalar tensor; None

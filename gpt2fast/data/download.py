@@ -14,7 +14,11 @@ TIMEOUT_SECONDS = 10.0
 
 
 class DownloadError(RuntimeError):
-    """A file could not be fetched, or what came is not the file that was wanted."""
+    """A file could not be fetched, or what came is not the file that was wanted.
+
+    >>> issubclass(DownloadError, RuntimeError)
+    True
+    """
 
 
 def cache_dir() -> Path:

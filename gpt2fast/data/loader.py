@@ -63,6 +63,12 @@ class TokenDataset:
         FileNotFoundError: no such folder.
         ShardError: a shard of the manifest is missing or has another length, a file is damaged,
             the split has no shards, or the preparation of the folder was interrupted.
+
+    >>> from pathlib import Path
+    >>> _ = Path("mine.txt").write_text("To be, or not to be. " * 10)
+    >>> _ = prepare("text", "data", input="mine.txt", tokenizer="byte")
+    >>> TokenDataset("data", "train").shards[0][:5]
+    memmap([ 84, 111,  32,  98, 101], dtype=uint16)
     """
 
     def __init__(self, folder: str | Path, split: Split) -> None:
@@ -162,6 +168,13 @@ class BatchLoader:
 
     Raises:
         ValueError: an argument out of range, or no shard has T + 1 tokens.
+
+    >>> from pathlib import Path
+    >>> _ = Path("mine.txt").write_text("To be, or not to be. " * 10)
+    >>> _ = prepare("text", "data", input="mine.txt", tokenizer="byte")
+    >>> x, y = next(BatchLoader(TokenDataset("data", "train"), batch_size=2, block_size=8))
+    >>> x.shape, x.dtype, torch.equal(x[:, 1:], y[:, :-1])
+    (torch.Size([2, 8]), torch.int64, True)
     """
 
     def __init__(
@@ -284,6 +297,12 @@ def sequential_batches(
 
     Raises:
         ValueError: at the call: sizes below 1, or no shard has T + 1 tokens.
+
+    >>> from pathlib import Path
+    >>> _ = Path("mine.txt").write_text("To be, or not to be. " * 10)
+    >>> _ = prepare("text", "data", input="mine.txt", tokenizer="byte")
+    >>> [x.shape for x, y in sequential_batches(TokenDataset("data", "val"), 4, 6)]
+    [torch.Size([3, 6])]
     """
     _check_sizes(dataset, batch_size, block_size)
     if max_batches is not None and max_batches < 1:

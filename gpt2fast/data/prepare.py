@@ -132,6 +132,11 @@ def prepare(
             offset), another Tiny Shakespeare, a split without tokens.
         FileExistsError, OSError: ``out`` is in use, a file cannot be read or written, no space.
         TokenizerUnavailable, DownloadError: RuntimeErrors, with what to do about it.
+
+    >>> from pathlib import Path
+    >>> _ = Path("mine.txt").write_text("To be, or not to be. " * 10)
+    >>> prepare("text", "data", input="mine.txt", tokenizer="char").tokens
+    {'train': 189, 'val': 21}
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")

@@ -69,7 +69,14 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ShardError(ValueError):
-    """A shard or a manifest is damaged, missing, or of another format."""
+    """A shard or a manifest is damaged, missing, or of another format.
+
+    >>> from pathlib import Path
+    >>> _ = Path("short.bin").write_bytes(b"abc")
+    >>> read_shard("short.bin")
+    Traceback (most recent call last):
+    gpt2fast.data.shards.ShardError: short.bin: 3 bytes, too short for the 1024-byte header
+    """
 
 
 def write_shard(
@@ -83,6 +90,10 @@ def write_shard(
         ShardError: no tokens, or more than 2^31 - 1.
         TypeError, ValueError: not integers, not one-dimensional, or beyond uint16.
         OSError: the file cannot be written; a full disk is named as such.
+
+    >>> digest = write_shard("mine_train_000000.bin", [1, 2, 3])
+    >>> read_shard("mine_train_000000.bin").tolist(), len(digest)
+    ([1, 2, 3], 64)
     """
     return _write_shard(Path(path), [_as_tokens(tokens)], shard_format)
 
@@ -128,6 +139,11 @@ def read_shard(
         ShardError: other magic or version, an empty shard, or a file whose length does not agree
             with its header (truncated, or longer); the message names file and sizes.
         FileNotFoundError: no such file.
+
+    >>> _ = write_shard("tokens.npy", range(5), "npy")
+    >>> tokens = read_shard("tokens.npy", "npy")
+    >>> tokens.shape, tokens.dtype
+    ((5,), dtype('uint16'))
     """
     path = Path(path)
     if path.suffix == ".npy":
@@ -223,7 +239,11 @@ class _Model(BaseModel):
 
 
 class ShardInfo(_Model):
-    """One shard: file name in the folder, split, number of tokens, sha256 of the whole file."""
+    """One shard: file name in the folder, split, number of tokens, sha256 of the whole file.
+
+    >>> ShardInfo(file="mine_val_000000.bin", split="val", tokens=5, sha256="0" * 64).tokens
+    5
+    """
 
     file: str = Field(pattern=_SHARD_FILE)  # a bare name: --overwrite deletes by it
     split: Split
@@ -232,7 +252,11 @@ class ShardInfo(_Model):
 
 
 class SourceInfo(_Model):
-    """Where the tokens come from: kind, path or address, sha256 where it is one file."""
+    """Where the tokens come from: kind, path or address, sha256 where it is one file.
+
+    >>> SourceInfo(kind="text", location="my_texts", documents=3, characters=900).sha256 is None
+    True
+    """
 
     kind: str
     location: str
@@ -242,7 +266,14 @@ class SourceInfo(_Model):
 
 
 class Manifest(_Model):
-    """The contents of a prepared folder. ``tokens`` are the totals of both splits."""
+    """The contents of a prepared folder. ``tokens`` are the totals of both splits.
+
+    >>> from pathlib import Path
+    >>> _ = Path("mine.txt").write_text("To be, or not to be. " * 10)
+    >>> manifest = prepare("text", "data", input="mine.txt", tokenizer="byte")
+    >>> Manifest.load("data") == manifest, manifest.tokens
+    (True, {'train': 189, 'val': 21})
+    """
 
     format: Literal["gpt2fast-shards"] = "gpt2fast-shards"
     version: Literal[1] = 1
@@ -300,6 +331,18 @@ class ShardWriter:
         shard_tokens: tokens a shard.
         shard_format: of the files.
         flushed: called with the number of tokens when a shard is on disk.
+
+    Raises:
+        ValueError: sizes, format or name are none; from `write`, tokens that are not uint16.
+        FileExistsError: from `write` and `close`: a file of a shard's name that we did not write.
+        OSError: a file cannot be written.
+
+    >>> from pathlib import Path
+    >>> Path("data").mkdir()
+    >>> writer = ShardWriter("data", "mine", "train", shard_tokens=4)
+    >>> writer.write(range(6))
+    >>> [shard.tokens for shard in writer.close()]
+    [4, 2]
     """
 
     def __init__(
@@ -404,6 +447,15 @@ class DatasetWriter:
         FileExistsError: the folder is in use and ``overwrite`` is not set, or is not ours, or
             holds an interrupted preparation with another key.
         ShardError: a shard of the interrupted preparation is damaged.
+
+    >>> with DatasetWriter("data", "mine", tokenizer=ByteTokenizer()) as writer:
+    ...     writer.write("train", [1, 2, 3], documents=1)
+    ...     writer.write("val", [4, 5], documents=1)
+    ...     manifest = writer.finish(
+    ...         SourceInfo(kind="numbers", location="here", documents=2, characters=5)
+    ...     )
+    >>> manifest.tokens
+    {'train': 3, 'val': 2}
     """
 
     def __init__(

@@ -46,7 +46,11 @@ EOT_TEXT: Final = "<|endoftext|>"
 
 
 class TokenizerUnavailable(RuntimeError):
-    """GPT-2's vocabulary is in no cache and in no package, and could not be downloaded."""
+    """GPT-2's vocabulary is in no cache and in no package, and could not be downloaded.
+
+    >>> issubclass(TokenizerUnavailable, RuntimeError)
+    True
+    """
 
 
 class Tokenizer(ABC):
@@ -56,6 +60,12 @@ class Tokenizer(ABC):
         name: ``"gpt2"``, ``"char"`` or ``"byte"``.
         vocab_size: number of ids, the end-of-text token included.
         eot_token: id of the end-of-text token, or None. `encode` never produces it.
+
+    >>> tokenizer = get_tokenizer("byte")
+    >>> tokenizer.decode(tokenizer.encode("naïve"))
+    'naïve'
+    >>> tokenizer.encode("Hi").dtype
+    dtype('uint16')
     """
 
     name: str
@@ -128,7 +138,11 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8 text, and end-of-text as 256."""
+    """The 256 bytes of UTF-8 text, and end-of-text as 256.
+
+    >>> ByteTokenizer().encode("Hi").tolist()
+    [72, 105]
+    """
 
     name = "byte"
     vocab_size = 257
@@ -148,6 +162,12 @@ class CharTokenizer(Tokenizer):
 
     Args:
         chars: the characters, in the order of their ids; all different, at most 65536.
+
+    Raises:
+        ValueError: a character twice, or too many of them; from `encode`, one that is not among them.
+
+    >>> CharTokenizer("abc").encode("cab").tolist()
+    [2, 0, 1]
     """
 
     name = "char"
@@ -214,6 +234,9 @@ class Gpt2Tokenizer(Tokenizer):
 
     The vocabulary is looked for at first use, or by `load`: a data set or a checkpoint can be
     opened without it.
+
+    >>> Gpt2Tokenizer().vocab_size  # needs no vocabulary
+    50257
     """
 
     name = "gpt2"
@@ -440,6 +463,9 @@ def get_tokenizer(name: str, text: str | Iterable[str] | None = None) -> Tokeniz
     Raises:
         ValueError: unknown name, or ``"char"`` without a text.
         TokenizerUnavailable: GPT-2's vocabulary cannot be had.
+
+    >>> get_tokenizer("char", "hello").vocab_size
+    4
     """
     if name == "gpt2":
         return Gpt2Tokenizer().load()
@@ -457,6 +483,9 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
 
     GPT-2's vocabulary is not loaded before it is used, so this needs no vocabulary.
     Raises ValueError for a description of another kind.
+
+    >>> tokenizer_from_json(ByteTokenizer().to_json()) == ByteTokenizer()
+    True
     """
     match data:
         case {"name": "gpt2", **rest} if not rest:

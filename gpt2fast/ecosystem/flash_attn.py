@@ -538,6 +538,8 @@ def z_losses(logits: Tensor, labels: Tensor, ignore_index: int, scale: float) ->
 class CrossEntropyLoss(nn.Module):
     """flash-attn's module on :func:`cross_entropy_loss`.
 
+    Takes logits (N, V) of float32, bfloat16 or float16 and targets (N,), int64.
+
     Args:
         ignore_index, label_smoothing, logit_scale, lse_square_scale, inplace_backward: as there.
         reduction: "mean" over the targets that are not ignored, "sum" or "none".

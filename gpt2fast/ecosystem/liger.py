@@ -47,6 +47,8 @@ class LigerLayerNorm(nn.Module):
             numbers instead of zeros.
         init_fn: "ones" or "zeros", what the weight starts with.
 
+    The input is (..., C) of float32, bfloat16 or float16, the output of its shape and dtype.
+
     Raises:
         ValueError: another init_fn.
 
@@ -141,6 +143,8 @@ _reduced = reduce  # a name that liger_cross_entropy's argument does not hide
 
 class LigerCrossEntropyLoss(nn.Module):
     """:func:`liger_cross_entropy` as a module; the arguments are explained there.
+
+    Takes logits (N, V) of float32, bfloat16 or float16 and targets (N,), int64.
 
     Raises:
         ValueError: a wrong or unsupported argument, named.
@@ -269,6 +273,8 @@ def liger_fused_linear_cross_entropy(
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
     """:func:`liger_fused_linear_cross_entropy` as a module; the arguments are explained there.
+
+    Takes the weight (V, C) and inputs (N, C), float32, bfloat16 or float16, and targets (N,), int64.
 
     Raises:
         ValueError: a wrong or unsupported argument, named.

@@ -57,7 +57,12 @@ BATCH_TOKENS: Final = {"cpu": 4096, "cuda": 65536}
 
 @dataclass(frozen=True)
 class Example:
-    """A context, its possible endings and the index of the right one."""
+    """A context, its possible endings and the index of the right one.
+
+    >>> example = Example("The sky is", ("blue", "loud"), label=0)
+    >>> example.endings[example.label]
+    'blue'
+    """
 
     context: str
     endings: tuple[str, ...]
@@ -69,6 +74,10 @@ class Scores:
     """The losses of all endings, by example: sums in nats and the number of tokens, each (n, E).
 
     `truncated` counts the examples that were cut to fit the model's block_size.
+
+    >>> import numpy as np
+    >>> Scores(np.array([[6.0, 8.0]]), np.array([[2, 4]]), truncated=0).means
+    array([[3., 2.]])
     """
 
     losses: npt.NDArray[np.float64]
@@ -83,7 +92,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class HellaSwagResult:
-    """Accuracies and their standard errors, as shares of `examples`."""
+    """Accuracies and their standard errors, as shares of `examples`.
+
+    `acc` goes by the sum of an ending's losses, `acc_norm` by their mean. `truncated` counts the
+    examples that were cut to fit the model's block_size.
+
+    >>> HellaSwagResult(100, 0.29, 0.3, 0.045, 0.046, truncated=0).acc_norm
+    0.3
+    """
 
     examples: int
     acc: float
@@ -98,6 +114,10 @@ def download_examples(split: HellaSwagSplit = "val") -> Path:
 
     Raises:
         DownloadError: it is in no cache and could not be fetched; the message says what to do.
+
+    >>> import inspect
+    >>> inspect.signature(download_examples).parameters["split"].default  # or "train"
+    'val'
     """
     return fetch(
         URL.format(split),
@@ -114,6 +134,12 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     Raises:
         OSError: it cannot be read.
         ValueError: a line is something else (named by its number), or there is none.
+
+    >>> from pathlib import Path
+    >>> line = '{"ctx": "The sky is", "endings": ["blue", "loud"], "label": 0}'
+    >>> _ = Path("mine.jsonl").write_text(line)
+    >>> read_examples("mine.jsonl")
+    [Example(context='The sky is', endings=('blue', 'loud'), label=0)]
     """
     examples: list[Example] = []
     with open(path, encoding="utf-8") as file:
@@ -157,7 +183,17 @@ def evaluate_hellaswag(
     progress: bool = True,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> HellaSwagResult:
-    """Accuracies on `examples`; see `score_examples` for the arguments."""
+    """Accuracies on `examples`; see `score_examples` for the arguments.
+
+    Raises:
+        InterruptedError, ValueError: as `score_examples`.
+
+    >>> from gpt2fast.data import ByteTokenizer
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=257, block_size=32))
+    >>> examples = [Example("The sky is", ("blue", "loud!"), label=0)]
+    >>> evaluate_hellaswag(model, ByteTokenizer(), examples).acc in (0.0, 1.0)
+    True
+    """
     scores = score_examples(
         model,
         tokenizer,
@@ -207,6 +243,13 @@ def score_examples(
         InterruptedError: `cancelled`.
         ValueError: no examples, different numbers of endings, batch_tokens below 1, or the
             tokenizer's vocabulary is not the model's.
+
+    >>> from gpt2fast.data import ByteTokenizer
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=257, block_size=32))
+    >>> examples = [Example("The sky is", ("blue", "loud!"), label=0)]
+    >>> scores = score_examples(model, ByteTokenizer(), examples)
+    >>> scores.losses.shape, scores.tokens  # an ending is scored with the blank before it
+    ((1, 2), array([[5, 6]]))
     """
     device = next(model.parameters()).device
     if batch_tokens is None:

@@ -18,7 +18,11 @@ __all__ = ["LossResult", "evaluate_loss"]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean loss in nats a token, its exponential, and the number of tokens that were predicted."""
+    """Mean loss in nats a token, its exponential, and the number of tokens that were predicted.
+
+    >>> LossResult(loss=2.0, perplexity=7.389, tokens=1000).loss
+    2.0
+    """
 
     loss: float
     perplexity: float
@@ -54,6 +58,14 @@ def evaluate_loss(
     Raises:
         ValueError: sizes below 1, no shard with a whole window, a block_size above the model's,
             the data's vocabulary is not the model's, or documents kept apart with a decoder.
+
+    >>> from pathlib import Path
+    >>> from gpt2fast.data import TokenDataset, prepare
+    >>> _ = Path("mine.txt").write_text("To be, or not to be. " * 10)
+    >>> _ = prepare("text", "data", input="mine.txt", tokenizer="byte")
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=257, block_size=8))
+    >>> evaluate_loss(model, TokenDataset("data", "train")).tokens
+    184
     """
     limit = model.config.block_size
     block_size = limit if block_size is None else block_size

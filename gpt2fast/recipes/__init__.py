@@ -10,7 +10,11 @@ _FOLDER = Path(__file__).parent
 
 
 def recipes() -> list[str]:
-    """The names."""
+    """The names.
+
+    >>> recipes()
+    ['gpt2-124m-fineweb-edu', 'gpt2-124m-one-gpu', 'shakespeare-cpu']
+    """
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
@@ -19,6 +23,9 @@ def find_recipe(name: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: it is neither.
+
+    >>> find_recipe("shakespeare-cpu").name
+    'shakespeare-cpu.toml'
     """
     path = Path(name)
     if path.exists() or path.suffix:

@@ -32,6 +32,14 @@ class LazyLogits(Tensor):
 
     Looking at the values after the weights were changed in place (``optimizer.step()``) raises
     RuntimeError: the logits that the loss was computed from are gone.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30, bias=False))
+    >>> report = gpt2fast.optimize(model)
+    >>> logits = model(torch.arange(4))
+    >>> loss = nn.functional.cross_entropy(logits, torch.arange(4))
+    >>> logits.shape, logits.is_computed()
+    (torch.Size([4, 30]), False)
     """
 
     hidden: Tensor

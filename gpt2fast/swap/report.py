@@ -64,6 +64,11 @@ def revert(module: nn.Module) -> int:
 
     Raises:
         RuntimeError: somebody wrapped a fast forward in the meantime; nothing is changed then.
+
+    >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8))
+    >>> report = gpt2fast.optimize(model)
+    >>> revert(model), revert(model)
+    (1, 0)
     """
     wrapped = [
         name or type(part).__name__
@@ -103,7 +108,12 @@ def is_plain(module: nn.Module, kind: type) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """One module and what became of it: `reason` says why it was left alone, or what to know."""
+    """One module and what became of it: `reason` says why it was left alone, or what to know.
+
+    >>> report = gpt2fast.optimize(torch.nn.Sequential(torch.nn.LayerNorm(8)))
+    >>> report.entries
+    [Entry(name='0', module='LayerNorm', kind='layer_norm', replaced=True, reason='')]
+    """
 
     name: str
     module: str  # the name of its class
@@ -118,6 +128,13 @@ class SwapReport:
 
     Attributes:
         entries: one for every module that was looked at.
+
+    >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8))
+    >>> report = gpt2fast.optimize(model)
+    >>> print(report)
+    replaced: layer_norm: LayerNorm (0)
+    >>> report.revert()
+    1
     """
 
     entries: list[Entry] = field(default_factory=list)

@@ -472,6 +472,7 @@ def optimize(
     Raises:
         TypeError: `module` is no module.
 
+    >>> from torch import nn
     >>> erf = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
     >>> print(optimize(erf))
     left alone: mlp: Sequential (the module itself): its GELU is the erf form; the kernel's tanh \

@@ -30,6 +30,13 @@ class Bigram:
     Args:
         tokens: arrays of token ids, shape (n,); pairs do not cross from one to the next.
         vocab_size: V.
+
+    Raises:
+        ValueError: a token outside of the vocabulary, or no tokens.
+
+    >>> import numpy as np
+    >>> Bigram([np.array([0, 1, 0, 1, 0])], vocab_size=2).vocab_size
+    2
     """
 
     def __init__(self, tokens: Iterable[npt.NDArray[np.integer[Any]]], vocab_size: int) -> None:

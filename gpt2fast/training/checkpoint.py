@@ -62,7 +62,15 @@ _LEFTOVER: Final = re.compile(r"\.(?:writing|deleting)-step_\d{8,}")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged or of another kind; the message says what is left."""
+    """A checkpoint is missing, damaged or of another kind; the message says what is left.
+
+    >>> from pathlib import Path
+    >>> from gpt2fast.training import resume_run
+    >>> Path("run").mkdir()
+    >>> resume_run(Path("run"))
+    Traceback (most recent call last):
+    gpt2fast.training.checkpoint.CheckpointError: ...
+    """
 
 
 @dataclass(frozen=True)

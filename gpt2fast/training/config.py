@@ -68,6 +68,12 @@ class TrainConfig(BaseModel):
 
     Raises:
         pydantic.ValidationError: an unknown field, or a value out of range, named.
+
+    >>> TrainConfig(model="gpt2", lr=3e-4).batch_size
+    4
+    >>> TrainConfig(batch_size=0)
+    Traceback (most recent call last):
+    pydantic_core._pydantic_core.ValidationError: ...
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -264,6 +270,9 @@ def load_config(file: str | Path | None, overrides: Mapping[str, Any]) -> TrainC
 
     Raises:
         FileNotFoundError, ValueError: see `read_settings`; an unknown or wrong field, named.
+
+    >>> load_config("gpt2-124m-fineweb-edu", {"data": "data/edu", "lr": 3e-4}).lr
+    0.0003
     """
     settings = {**(read_settings(find_recipe(file)) if file else {}), **overrides}
     _validated(settings, str(file) if file else "")

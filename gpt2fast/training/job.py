@@ -43,7 +43,12 @@ DEFAULT_PROMPT: Final = "def "
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. The losses are None and the report is empty if `signal` ended it."""
+    """What a run came to. The losses are None and the report is empty if `signal` ended it.
+
+    >>> from pathlib import Path
+    >>> Result(Path("runs/001"), step=20, checkpoint=Path("runs/001/checkpoints/20")).val_loss is None
+    True
+    """
 
     run: Path
     step: int
@@ -76,6 +81,16 @@ def start_run(
         ValueError: settings, data and weights do not fit together; the message says which.
         OSError, RuntimeError: a file cannot be read or written; the loss is not finite
             (`Diverged`); a backend or device cannot run here.
+
+    >>> from pathlib import Path
+    >>> from gpt2fast.data import prepare
+    >>> _ = Path("mine.txt").write_text("To be, or not to be. " * 100)
+    >>> _ = prepare("text", "data", input="mine.txt", tokenizer="char")
+    >>> tiny = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 2}
+    >>> config = load_config(None, {**tiny, "data": "data", "max_steps": 3, "warmup_steps": 1})
+    >>> result = start_run(config, Path("run"))
+    >>> result.step, result.checkpoint.is_dir()
+    (3, True)
     """
     with _machine(config), join(_device(config)) as ranks:
         progress = (progress or Progress()) if ranks.first else Progress.silent()
@@ -127,6 +142,16 @@ def resume_run(
         CheckpointError: no whole checkpoint, or the named one is damaged.
         ValueError: a change that a resumed run refuses, or nothing is left to do.
         OSError, RuntimeError: see `start_run`.
+
+    >>> from pathlib import Path
+    >>> from gpt2fast.data import prepare
+    >>> _ = Path("mine.txt").write_text("To be, or not to be. " * 100)
+    >>> _ = prepare("text", "data", input="mine.txt", tokenizer="char")
+    >>> tiny = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 2}
+    >>> config = load_config(None, {**tiny, "data": "data", "max_steps": 3, "warmup_steps": 1})
+    >>> _ = start_run(config, Path("run"))
+    >>> resume_run(Path("run"), {"max_steps": 5}).step
+    5
     """
     progress = progress or Progress()
     damaged: list[str] = []

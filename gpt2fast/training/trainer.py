@@ -35,7 +35,11 @@ __all__ = ["Diverged", "Outcome", "Trainer", "autocast", "evaluate", "make_optim
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient is not a finite number, or jumped, and the policy is to stop."""
+    """The loss or the gradient is not a finite number, or jumped, and the policy is to stop.
+
+    >>> issubclass(Diverged, RuntimeError)
+    True
+    """
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,18 @@ def evaluate(
 
     Draws no random numbers, so that a run is the same with more or fewer validations. Of many
     processes all are to call it: they take the batches in turn, and all get the mean.
+
+    Raises:
+        ValueError: no shard has a whole window.
+
+    >>> from pathlib import Path
+    >>> from gpt2fast.data import TokenDataset, prepare
+    >>> _ = Path("mine.txt").write_text("To be, or not to be. " * 10)
+    >>> _ = prepare("text", "data", input="mine.txt", tokenizer="byte")
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=257, block_size=8))
+    >>> config = TrainConfig(block_size=8, batch_size=2)
+    >>> 5 < evaluate(model, TokenDataset("data", "val"), config, batches=1) < 6  # log 257 = 5.55
+    True
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -115,6 +131,21 @@ class Trainer:
         progress: what the user sees.
         ranks: the processes that train together, each with a trainer of its own. The first one
             writes; all take the same steps and end at the same one.
+
+    `start_run` and `resume_run` make one; a trainer can be made by hand, too:
+
+    >>> from pathlib import Path
+    >>> from gpt2fast.data import TokenDataset, prepare
+    >>> from gpt2fast.training.progress import Progress
+    >>> _ = Path("mine.txt").write_text("To be, or not to be. " * 100)
+    >>> _ = prepare("text", "data", input="mine.txt", tokenizer="byte")
+    >>> config = TrainConfig(block_size=8, batch_size=2, max_steps=2, warmup_steps=1)
+    >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=257, block_size=8))
+    >>> optimizer = model.configure_optimizer(lr=1e-3)
+    >>> data = TokenDataset("data", "train"), TokenDataset("data", "val")
+    >>> trainer = Trainer(config, Path("."), model, optimizer, *data, Progress.silent())
+    >>> trainer.step
+    0
     """
 
     def __init__(

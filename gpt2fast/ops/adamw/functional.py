@@ -52,8 +52,9 @@ def adamw_(
             each parameter, on its device: then nothing waits for the device to read it.
         lr: the learning rate; a scalar tensor is read on the device.
         beta1, beta2, eps, weight_decay: of AdamW; the decay is decoupled from the gradient.
-        masters: fp32 copies of half-precision parameters: the step is taken on the copy, and the
-            parameter is the copy rounded. So updates far below a parameter's last place add up.
+        masters: fp32 copies of half-precision parameters, of their shapes: the step is taken on the
+            copy, and the parameter is the copy rounded. So updates far below a parameter's last
+            place add up.
         grad_scale: a scalar by which gradients are multiplied on the fly, a clipping coefficient
             for example; the gradients themselves are not written.
 
@@ -62,6 +63,12 @@ def adamw_(
 
     Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization",
     https://arxiv.org/abs/1711.05101.
+
+    >>> param, grad, exp_avg, exp_avg_sq = torch.ones(3), torch.ones(3), torch.zeros(3), torch.zeros(3)
+    >>> lists = [param], [grad], [exp_avg], [exp_avg_sq]
+    >>> gpt2fast.functional.adamw_(*lists, step=1, lr=0.1, weight_decay=0.0)
+    >>> param
+    tensor([0.9000, 0.9000, 0.9000])
     """
     check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, step, lr, grad_scale)
     run_adamw(
@@ -179,6 +186,9 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
+
+    >>> gpt2fast.functional.global_norm([torch.full((3,), 2.0), torch.tensor([[2.0]])])
+    tensor(4.)
     """
     if not tensors:
         return torch.zeros(())

@@ -95,6 +95,12 @@ def scaled_dot_product_attention(
 
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; kernel: Dao et al. 2022,
     https://arxiv.org/abs/2205.14135.
+
+    >>> query = torch.zeros(1, 1, 2, 3)  # all scores are equal: the mean of the values seen
+    >>> value = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]).repeat(1, 1, 1, 2)[..., :3]
+    >>> gpt2fast.functional.scaled_dot_product_attention(query, query, value, is_causal=True)
+    tensor([[[[1., 2., 1.],
+              [2., 3., 2.]]]])
     """
     query, key, value = _checked(
         {"query": query, "key": key, "value": value}, "(B, H, T, D)", 1, 2, dropout_p
@@ -126,6 +132,11 @@ def flash_attn_func(
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
+
+    >>> q, k, v = torch.randn(3, 2, 7, 4, 16).unbind()
+    >>> y = gpt2fast.functional.flash_attn_func(q, k, v, causal=True)
+    >>> y.shape, torch.allclose(y[:, 0], v[:, 0])  # the first query sees the first key only
+    (torch.Size([2, 7, 4, 16]), True)
     """
     q, k, v = _checked({"q": q, "k": k, "v": v}, "(B, T, H, D)", 2, 1, dropout_p)
     diagonal = k.shape[1] - q.shape[1] if causal else None
@@ -149,6 +160,11 @@ def flash_attn_qkvpacked_func(
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
+
+    >>> qkv = torch.randn(2, 7, 3 * 64, dtype=torch.bfloat16).view(2, 7, 3, 4, 16)
+    >>> y = gpt2fast.functional.flash_attn_qkvpacked_func(qkv, causal=True)
+    >>> y.shape, y.dtype
+    (torch.Size([2, 7, 4, 16]), torch.bfloat16)
     """
     check_floating("qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
@@ -194,6 +210,13 @@ def flash_attn_varlen_func(
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
+
+    >>> q, k, v = torch.randn(3, 5, 4, 16).unbind()
+    >>> starts = torch.tensor([0, 2, 5], dtype=torch.int32)  # two documents, of 2 and 3 tokens
+    >>> y = gpt2fast.functional.flash_attn_varlen_func(q, k, v, starts, starts, 3, 3)
+    >>> second = gpt2fast.functional.flash_attn_func(q[None, 2:], k[None, 2:], v[None, 2:])
+    >>> torch.allclose(y[2:], second[0], atol=1e-6)
+    True
     """
     tensors = {"q": q, "k": k, "v": v}
     for name, tensor in tensors.items():

@@ -99,6 +99,15 @@ def cross_entropy(
 
     Source: Szegedy et al. 2016, https://arxiv.org/abs/1512.00567 (label smoothing); Chowdhery et
     al. 2022, https://arxiv.org/abs/2204.02311 (z-loss).
+
+    >>> logits = torch.zeros(2, 4, requires_grad=True)
+    >>> loss = gpt2fast.functional.cross_entropy(logits, torch.tensor([0, -100]))  # -100: ignored
+    >>> f"{loss.item():.4f}"  # log 4
+    '1.3863'
+    >>> loss.backward()
+    >>> logits.grad
+    tensor([[-0.7500,  0.2500,  0.2500,  0.2500],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     check_floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:

@@ -30,6 +30,10 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tenso
         TypeError, ValueError: a wrong argument, named.
         IndexError: on the CPU, an index outside of wte, with its place. Kernels on a GPU do not
             check, since that would wait for the device.
+
+    >>> wte, wpe = torch.tensor([[1.0], [2.0]]), torch.tensor([[10.0], [20.0], [30.0]])
+    >>> gpt2fast.functional.embedding(torch.tensor([[1, 1, 0]]), wte, wpe).flatten()
+    tensor([12., 22., 31.])
     """
     _check(idx, wte, wpe)
     idx = idx if idx.dtype == torch.int64 else idx.long()

@@ -23,6 +23,9 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units",
     https://arxiv.org/abs/1606.08415; GPT-2's form of it.
+
+    >>> gpt2fast.functional.gelu(torch.tensor([[-1.0, 0.0, 1.0]]))
+    tensor([[-0.1588,  0.0000,  0.8412]])
     """
     check_floating("x", x)
     if x.dim() < 1 or x.shape[-1] == 0:

@@ -42,6 +42,10 @@ def gelu_mlp(
         TypeError, ValueError: a wrong argument, named.
 
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2).
+
+    >>> x, fc, proj = torch.randn(2, 5, 8), torch.randn(32, 8), torch.randn(8, 32)
+    >>> gpt2fast.functional.gelu_mlp(x, fc, torch.zeros(32), proj, None).shape
+    torch.Size([2, 5, 8])
     """
     check_floating("x", x)
     check_floating("fc_weight", fc_weight)

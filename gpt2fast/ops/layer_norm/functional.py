@@ -45,6 +45,9 @@ def layer_norm(
         TypeError, ValueError: a wrong argument, named.
 
     Source: Ba et al. 2016, "Layer Normalization", https://arxiv.org/abs/1607.06450.
+
+    >>> gpt2fast.functional.layer_norm(torch.tensor([[1.0, 3.0]]), bias=torch.full((2,), 5.0))
+    tensor([[4.0000, 6.0000]])
     """
     _check(x, weight, bias)
     backend = choose(x, "layer_norm")
@@ -76,6 +79,9 @@ def add_layer_norm(
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
+
+    >>> gpt2fast.functional.add_layer_norm(torch.tensor([[1.0, 3.0]]), torch.ones(1, 2))
+    (tensor([[2., 4.]]), tensor([[-1.0000,  1.0000]]))
     """
     _check(x, weight, bias)
     check_tensor("residual", residual)

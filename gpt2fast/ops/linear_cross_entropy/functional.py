@@ -83,6 +83,14 @@ def linear_cross_entropy(
         TypeError, ValueError: a wrong argument, named.
         IndexError: a target is no class and not `ignore_index` (found on the CPU; elsewhere such a
             target breaks the contract).
+
+    >>> x, weight = torch.zeros(2, 3, 8), torch.randn(5, 8, requires_grad=True)
+    >>> loss = gpt2fast.functional.linear_cross_entropy(x, weight, torch.zeros(2, 3, dtype=torch.int64))
+    >>> f"{loss.item():.4f}"  # log 5
+    '1.6094'
+    >>> loss.backward()
+    >>> weight.grad.shape
+    torch.Size([5, 8])
     """
     check_floating("x", x)
     check_floating("weight", weight)
