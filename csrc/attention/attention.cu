@@ -496,8 +496,9 @@ __device__ __forceinline__ void scatter(float (&dk)[S::M][WIDTH / 8][4], float (
                                         DkvShared<T, WIDTH, S, DROPOUT>& shared, int turn, int own, int row, int start,
                                         float scale, const Place& place, const Problem& problem) {
   constexpr int M = S::M;
-#pragma unroll 1  // more would spill
-  for (int part = 0; part < S::COLUMNS; part += 16) {
+  const int parts = min(S::COLUMNS, place.queries - start);
+#pragma unroll 1  // more would spill, as would ptxas's own unrolling where it knows the number
+  for (int part = 0; part < parts; part += 16) {
     const int column = part + threadIdx.x % 4 * 2;
     float s[M][2][4], dp[M][2][4];
 #pragma unroll

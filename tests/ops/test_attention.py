@@ -82,6 +82,7 @@ def test_head_sizes(backend: str, size: int, dtype: torch.dtype) -> None:
         (64, 320),
         (1, 1),
         (100, 33),
+        (200, 1),
         (97, 96),
         (3, 2),
     ],

@@ -711,6 +711,8 @@ def _dkv_kernel(
         from_whole, queries, queries, diagonal, log2_scale, factor, first, second, threshold,
         False, PARTIAL, seed is not None, EXACT, COLUMNS, SIZE, WIDTH, PRECISION,
     )  # fmt: skip
+    if keys == 1:  # P is 1 or 0, and dS nothing but rounding (see _slopes)
+        scale = 0.0
     _store(dk + k_first * dk_t, dk_t, count, dk_acc * scale, ROWS, SIZE, WIDTH)
     _store(dv + k_first * dv_t, dv_t, count, dv_acc * factor, ROWS, SIZE, WIDTH)
 
