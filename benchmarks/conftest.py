@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,15 @@ from gpt2fast import backends
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # our tables follow, grouped by op
+
+
+#: Whole models beside other engines: minutes each, run where the command names the file.
+ON_DEMAND = ("test_decode.py", "test_swap.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    name = collection_path.name
+    return True if name in ON_DEMAND and not any(name in arg for arg in config.args) else None
 
 
 def pytest_benchmark_update_machine_info(
