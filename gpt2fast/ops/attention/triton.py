@@ -711,8 +711,6 @@ def _dkv_kernel(
         from_whole, queries, queries, diagonal, log2_scale, factor, first, second, threshold,
         False, PARTIAL, seed is not None, EXACT, COLUMNS, SIZE, WIDTH, PRECISION,
     )  # fmt: skip
-    if keys == 1:  # P is 1 or 0, and dS nothing but rounding (see _slopes)
-        scale = 0.0
     _store(dk + k_first * dk_t, dk_t, count, dk_acc * scale, ROWS, SIZE, WIDTH)
     _store(dv + k_first * dv_t, dv_t, count, dv_acc * factor, ROWS, SIZE, WIDTH)
 
@@ -842,7 +840,7 @@ def _run_backward(
             problem.keys,
             problem.diagonal,
             problem.scale * LOG2_E,
-            problem.scale,
+            0.0 if problem.keys == 1 else problem.scale,  # one key: dS is nothing but rounding
             *dropout_numbers(problem.dropout_p),
             problem.group(length, q.element_size()),
             tiles,
