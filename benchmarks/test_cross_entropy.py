@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import (
     DTYPE,
     DTYPE_NAME,
-    OURS,
     Case,
     cases,
     compiled,
@@ -33,15 +31,6 @@ def eager_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def eager_head(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight), targets)
-
-
-# PyTorch's own head in chunks, from 2.13 on.
-CHUNKED = ("torch chunked",) if hasattr(F, "linear_cross_entropy") else ()
-
-
-def chunked_head(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(x, weight, targets, options=options)
 
 
 def loss_case(rows: int) -> Case:
@@ -76,7 +65,6 @@ def head_case(rows: int) -> Case:
         {
             "torch eager": eager_head,
             "torch.compile": compiled(eager_head),
-            **dict.fromkeys(CHUNKED, chunked_head),
             **ours(partial(linear_cross_entropy, vocab_size=VOCABULARY)),
         },
         forward=(weights, flops),
@@ -92,11 +80,7 @@ def test_cross_entropy(
 
 
 # Ours computes the gradients in the forward pass, so only the sum of both is a comparison.
-@cases(
-    *(partial(head_case, rows) for rows in ROWS),
-    variants=("torch eager", "torch.compile", *CHUNKED, *OURS),
-    directions=("both",),
-)
+@cases(*(partial(head_case, rows) for rows in ROWS), directions=("both",))
 def test_linear_cross_entropy(
     bench: Callable[..., None], make: Callable[[], Case], variant: str, direction: str
 ) -> None:
