@@ -11,6 +11,7 @@ from torch import Tensor
 from gpt2fast.functional import global_norm
 from gpt2fast.ops.adamw.functional import check_adamw, run_adamw, run_global_norm
 from gpt2fast.ops.adamw.reference import moment_dtype
+from gpt2fast.ops.registry import PLAIN_TYPES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HALF = (torch.bfloat16, torch.float16)
@@ -123,7 +124,9 @@ class AdamW(torch.optim.Optimizer):
     def _measure(self, params: list[Tensor]) -> None:
         grads = [g for p in params if (g := p.grad) is not None]
         measure = run_global_norm if grads and _identical(self._measured, params) else global_norm
-        self.grad_norm = measure(grads) if _PLAIN.issuperset(map(type, grads)) else _norm(grads)
+        self.grad_norm = (
+            measure(grads) if PLAIN_TYPES.issuperset(map(type, grads)) else _norm(grads)
+        )
         self._measured = params
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -292,12 +295,9 @@ class AdamW(torch.optim.Optimizer):
                         state[name] = saved[name].to(p.device, moment_dtype(p))
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
 def _local(tensors: list[Tensor]) -> list[Tensor]:
     """This process's part of tensors that are shared out; plain ones as they are."""
-    if _PLAIN.issuperset(map(type, tensors)):
+    if PLAIN_TYPES.issuperset(map(type, tensors)):
         return tensors
     return [t.to_local() if isinstance(t, _dtensor()) else t for t in tensors]
 

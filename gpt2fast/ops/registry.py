@@ -59,15 +59,16 @@ _autocast_enabled = torch._C._is_any_autocast_enabled
 _profiler_enabled = torch.autograd._profiler_enabled
 
 
-# A subclass of Tensor (DTensor, FakeTensor) may have no data behind its address.
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+#: An op's arguments that kernels take as they are: a subclass of Tensor (DTensor, FakeTensor) may
+#: have no data behind its address.
+PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 
 
 def is_plain(*arguments: Any) -> bool:
     """Whether nobody watches, traces or transforms what is done with an op's arguments."""
     return (
         not torch.compiler.is_compiling()
-        and _PLAIN.issuperset(map(type, arguments))
+        and PLAIN_TYPES.issuperset(map(type, arguments))
         and not _transforms_active()
         and not _dispatch_modes()
         and not _autocast_enabled()
