@@ -137,9 +137,9 @@ def test_cross_entropy_beyond_32_bit_offsets() -> None:
     last = logits[-1:, :50257].detach().float().requires_grad_()
     expected = F.cross_entropy(last, targets[-1:])
     (expected_grad,) = torch.autograd.grad(expected, last)
-    # Rounded to bf16 once, and as much again for what is summed in fp32.
+    # Half an ulp of bf16; and fp32's roundings of x - lse, up to 16, in both, and as much for lse.
     ours = grad[-1:, :50257].float() * rows
-    torch.testing.assert_close(ours, expected_grad, rtol=2**-8, atol=0)
+    torch.testing.assert_close(ours, expected_grad, rtol=2**-9 + 64 * 2**-24, atol=0)
     assert not grad[-1, 50257:].any()
 
 

@@ -364,6 +364,21 @@ def test_not_finite_gradient_behaves_as_torch() -> None:
         assert torch.equal(p.isnan(), q.isnan())
 
 
+def test_a_closure_is_measured_anew() -> None:
+    """Its gradients are others than those that `measure` saw."""
+    p = torch.tensor([3.0], requires_grad=True)
+    optimizer = AdamW([p], max_norm=1.0)
+    p.grad = torch.tensor([100.0])
+    assert optimizer.measure() == 100
+
+    def closure() -> Tensor:
+        p.grad = torch.tensor([2.0])
+        return p.detach()
+
+    optimizer.step(closure)
+    assert optimizer.grad_norm == 2
+
+
 def test_closure_and_scheduler_and_tensor_lr() -> None:
     p = torch.tensor([3.0], requires_grad=True)
     optimizer = AdamW([p], lr=torch.tensor(0.1), weight_decay=0.0)

@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 MANIFEST: Final = "checkpoint.json"
+VERSION: Final = 2  # of what a resumed run reads; 1 had the generators of one process only
 MODEL: Final = "model.safetensors"
 TOKENIZER: Final = "gpt2fast_tokenizer.json"
 TENSORS: Final = "training.safetensors"
@@ -120,6 +121,11 @@ class Checkpoint:
 
         A process that the run did not have gets random generators of its own.
         """
+        if (version := self._json(MANIFEST).get("version")) != VERSION:
+            raise CheckpointError(
+                f"{self.folder}: another gpt2fast wrote it, whose checkpoints have version {version} "
+                f"and not {VERSION}: it cannot be resumed. --init-from starts from its weights"
+            )
         state = self._json(STATE)
         path = self.folder / TENSORS
         try:
@@ -217,7 +223,12 @@ def _write(
         save_file(tensors, temporary / TENSORS)
         _write_json(temporary / STATE, state)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        manifest = {"format": "gpt2fast-checkpoint", "version": 1, "step": step, "files": sizes}
+        manifest = {
+            "format": "gpt2fast-checkpoint",
+            "version": VERSION,
+            "step": step,
+            "files": sizes,
+        }
         _write_json(temporary / MANIFEST, manifest)
         for path in temporary.iterdir():
             _flush(path)

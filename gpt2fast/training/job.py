@@ -94,7 +94,7 @@ def start_run(
     """
     with _machine(config), join(_device(config)) as ranks:
         progress = (progress or Progress()) if ranks.first else Progress.silent()
-        _check_before(config, out)
+        ranks.on_first(lambda: _check_before(config, out))  # which may download
         if config.hellaswag not in (None, "download"):
             config = config.model_copy(update={"hellaswag": str(Path(config.hellaswag).resolve())})
         # A wrong data folder or other weights than the data's are found before a folder is made.

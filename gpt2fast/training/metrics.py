@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Metrics", "check_trackers", "mfu", "open_metrics", "peak_flops"]
 
-#: Dense bfloat16 TFLOP/s with fp32 accumulation, by a part of the GPU's name; the first that fits.
+#: Dense bfloat16 TFLOP/s with fp32 accumulation, by words of the GPU's name; the first that fits.
 #: NVIDIA's data sheets: A100 (2021), H100 (2023), H200 (2024), B200 (2024), L4 and L40S (2023, half
 #: the number with sparsity), A10 (2021), GeForce RTX 3090 (GA102 white paper), 4090 (Ada white paper).
 PEAK_TFLOPS: Final = (
@@ -37,17 +38,20 @@ PEAK_TFLOPS: Final = (
 )
 
 
-def peak_flops(config: TrainConfig, device: torch.device) -> float | None:
-    """FLOP/s that the device can do at most: `peak_tflops`, or by the GPU's name; None if unknown.
+def peak_flops(config: TrainConfig, device: torch.device, world_size: int = 1) -> float | None:
+    """FLOP/s that the devices of all processes can do at most; None if unknown.
 
-    The table is for bfloat16; float32 and CPUs need `peak_tflops`.
+    For each `peak_tflops`, or by the GPU's name. The table is for bfloat16; float32 and CPUs need
+    `peak_tflops`.
     """
     if config.peak_tflops is not None:
-        return 1e12 * config.peak_tflops
+        return 1e12 * config.peak_tflops * world_size
     if device.type != "cuda" or config.dtype != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS if part in name), None)
+    known = (peak for words, peak in PEAK_TFLOPS if re.search(rf"\b{words}\b", name))
+    peak = next(known, None)
+    return None if peak is None else 1e12 * peak * world_size
 
 
 def mfu(model: GPT, length: int, tokens_per_second: float, peak: float) -> float:

@@ -340,7 +340,7 @@ class Trainer:
         self._seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
         speed = self.tokens_per_step / seconds
         record |= {"tokens_per_second": round(speed, 1), "elapsed": round(self.elapsed, 3)}
-        if (peak := peak_flops(self.config, self.device)) is not None:
+        if (peak := peak_flops(self.config, self.device, self.ranks.world_size)) is not None:
             record["mfu"] = round(mfu(self.model, self.config.block_size, speed, peak), 4)
         metrics.write(record)
         began, first = self._session

@@ -228,6 +228,7 @@ def test_mfu_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(dtype="bfloat16")
     assert peak_flops(config, torch.device("cpu")) is None
     assert peak_flops(TrainConfig(peak_tflops=0.25), torch.device("cpu")) == 0.25e12
+    assert peak_flops(TrainConfig(peak_tflops=0.25), torch.device("cpu"), world_size=4) == 1e12
     for name, peak in (
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H100 80GB HBM3", 989.4e12),
@@ -235,6 +236,8 @@ def test_mfu_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA L40S", 362e12),
         ("NVIDIA A10G", 70e12),
         ("Tesla V100", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA L40", None),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(config, torch.device("cuda")) == peak

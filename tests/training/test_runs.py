@@ -21,7 +21,7 @@ from gpt2fast import GPT, huggingface
 from gpt2fast.training import CheckpointError, Diverged, TrainConfig, job, resume_run, start_run
 from gpt2fast.training import checkpoint as checkpoints
 from gpt2fast.training import trainer as trainers
-from gpt2fast.training.checkpoint import find_checkpoint, list_checkpoints
+from gpt2fast.training.checkpoint import find_checkpoint, find_model, list_checkpoints
 from gpt2fast.training.compare import compare_with_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -339,6 +339,15 @@ class TestDamage:
         path.write_bytes(b"\xff" * path.stat().st_size)
         with pytest.raises(CheckpointError, match=r"training\.safetensors"):
             resume_run(run / "checkpoints" / "step_00000015")
+
+    def test_of_another_version(self, run: Path) -> None:
+        """Its weights can be had still."""
+        folder = run / "checkpoints" / "step_00000015"
+        manifest = folder / "checkpoint.json"
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 1}))
+        with pytest.raises(CheckpointError, match=r"version 1 and not 2.*--init-from"):
+            resume_run(folder)
+        assert find_model(folder) == folder
 
     def test_leftovers_of_a_kill_are_ignored_and_removed(self, run: Path) -> None:
         folder = run / "checkpoints"
