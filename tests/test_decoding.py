@@ -83,6 +83,16 @@ def test_products_of_int8(isa: str, rows: int, outputs: int, columns: int) -> No
     assert ((y - x.double() @ weight.double().T).abs() <= far).all()
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_weights_of_any_layout(weights: Weights) -> None:
+    """Transposed, as Hugging Face's Conv1D has them, and with a step."""
+    weight = torch.randn(40, 33)
+    x = torch.randn(2, 33)
+    expected = pack(weight, weights).linear(x)
+    for view in (weight.t().contiguous().t(), weight.repeat_interleave(2, 1)[:, ::2]):
+        assert torch.equal(pack(view, weights).linear(x), expected)
+
+
 def test_int8_sums_do_not_overflow(isa: str) -> None:
     """The largest inputs and weights, all of one sign, over whole chunks."""
     weight = torch.stack([torch.ones(LONG), -torch.ones(LONG), torch.zeros(LONG)])
