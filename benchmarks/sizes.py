@@ -2,10 +2,10 @@
 
     chrt -f 50 python -m benchmarks.sizes --ops layer_norm gelu --write sizes.md
 
-A cell is torch eager's time over ours, medians of interleaved calls in one process: below 1 ours is slower.
-"forward" is with gradients wanted, "both" adds backward. The last columns are our own times, and the time on one
-thread over that on two. Ops whose tensors outgrow this machine's memory, or whose matrix products take
-minutes, stop before 64K rows.
+A cell is torch eager's time over ours, medians of interleaved calls in one process: below 1 ours is
+slower. "forward" is with gradients wanted, "both" adds backward. The last columns are our own times,
+and the time on one thread over that on two. Ops whose tensors outgrow this machine's memory, or whose
+matrix products take minutes, stop before 64K rows.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def attention(rows: int) -> Case:
     """Sequences of at most 1024; torch chooses its kernel itself."""
     length = min(rows, 1024)
     case = test_attention.case(rows // length, length)
-    return dataclasses.replace(
-        case, variants={**case.variants, EAGER: test_attention.sdpa_plain}
-    )
+    return dataclasses.replace(case, variants={**case.variants, EAGER: test_attention.sdpa_plain})
 
 
 def embedding(rows: int) -> Case:
@@ -67,7 +65,9 @@ ONLY_BOTH = ("linear_cross_entropy",)
 def measure(case: Case) -> dict[str, tuple[float, float]]:
     """Seconds (forward, both) of torch and of ours."""
     probe = case.variants[EAGER](**case.inputs)
-    upstream = [torch.randn_like(t) for t in ([probe] if isinstance(probe, torch.Tensor) else probe)]
+    upstream = [
+        torch.randn_like(t) for t in ([probe] if isinstance(probe, torch.Tensor) else probe)
+    ]
     del probe
     times: dict[str, list[tuple[float, float]]] = {EAGER: [], OURS_NAME: []}
     for name in times:

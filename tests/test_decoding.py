@@ -163,9 +163,9 @@ def last_logits(model: GPT, idx: Tensor) -> Tensor:
 
 @contextmanager
 def rounded_inputs(weights: Weights) -> Iterator[None]:
-    """With int8 weights, every product's inputs are integers of 16 bits times a scale a row, as the kernel's.
+    """With int8 weights every product's inputs are 16-bit integers times a scale a row, as in C++.
 
-    So plain PyTorch becomes the reference of the fp64 rule for the kernel's precision; truth rounds nothing.
+    So plain PyTorch is the fp64 rule's reference for that precision; truth rounds no inputs.
     """
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Every CPU op at shapes, strides, dtypes and options that nobody chose, by the fp64 rule.
 
-A test's examples are few and always the same. `GPT2FAST_FUZZ=2000 pytest tests/ops/test_fuzz.py` runs so
-many new ones a test. An example also draws the instruction set and the number of threads.
+A test's examples are few and always the same. `GPT2FAST_FUZZ=2000 pytest tests/ops/test_fuzz.py` runs
+so many new ones a test. An example also draws the instruction set and the number of threads.
 """
 
 import copy
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,11 @@ from tests.test_decoding import gpt, int8_bounds, last_logits, stored
 
 EXAMPLES = int(os.environ.get("GPT2FAST_FUZZ", "0"))
 fuzz = settings(
-    max_examples=EXAMPLES or 25, derandomize=not EXAMPLES, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
+    max_examples=EXAMPLES or 25,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
 )
 
 Shape = tuple[int, ...]
@@ -72,7 +77,7 @@ class Layout:
 
 @st.composite
 def layouts(draw: st.DrawFn, shape: Shape, shared: Sequence[int] | None = None) -> Layout:
-    """Dimensions in any order, with steps and margins; of the `shared` (all but the last) some of stride 0."""
+    """Dimensions in any order, with steps and margins; some of `shared` (all but the last) repeat one."""
     shared = range(len(shape) - 1) if shared is None else shared
     if draw(st.booleans()):  # as mostly
         whole = tuple(range(len(shape)))
@@ -106,6 +111,10 @@ def somewhere(data: st.DataObject) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+def normal(std: float, shape: Shape) -> Tensor:
+    return std * torch.randn(shape)
+
+
 def check(
     data: st.DataObject,
     function: Callable[..., Any],
@@ -116,11 +125,15 @@ def check(
 ) -> None:
     """The rule for function(**tensors, **options) with floating tensors of `shapes`.
 
-    `integers` maps names to shapes and what makes such tensors. `shared` names the dimensions that may have
-    stride 0: not those whose equal elements make a gradient vanish but for its rounding, as equal keys do.
-    Outputs are transposed, so that upstream gradients come in any order of dimensions.
+    `integers` maps names to shapes and what makes such tensors. Weights are scaled by
+    the root of their columns, as a layer's are. `shared` names the dimensions that may have stride 0: not those
+    whose equal elements make a gradient vanish but for its rounding, as equal keys do. Outputs are
+    transposed, so that upstream gradients come in any order of dimensions.
     """
-    makers = {name: (shape, torch.randn) for name, shape in shapes.items()} | (integers or {})
+    makers = {
+        name: (shape, partial(normal, shape[-1] ** -0.5 if name.endswith("weight") else 1.0))
+        for name, shape in shapes.items()
+    } | (integers or {})
     found = {name: data.draw(layouts(shape, shared), name) for name, (shape, _) in makers.items()}
     wanted = data.draw(st.sets(st.sampled_from(list(shapes)), min_size=1), "wanted")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
@@ -245,14 +258,9 @@ def test_linear_cross_entropy(
     targets, options = losses(data, leading, columns)
     options["chunk_bytes"] = data.draw(st.integers(1, 64 << 10), "chunk_bytes")
 
-    def loss(x: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        # Logits near 1, as a head's are: fp16's range is no part of the question.
-        return linear_cross_entropy(
-            x, weight * width**-0.5, targets, return_logprobs=True, **options
-        )
-
     given = {"x": (*leading, width), "weight": (columns, width)}
-    check(data, loss, given, targets, shared=(), **options)
+    options["return_logprobs"] = True
+    check(data, linear_cross_entropy, given, targets, shared=(), **options)
 
 
 DROPOUT = st.sampled_from([0.0, 0.0, 0.3, 1.0])
@@ -336,7 +344,10 @@ SHAPES = st.lists(st.lists(FEW, max_size=2).map(tuple) | st.tuples(SIZES), min_s
 @given(st.data(), SHAPES, st.sampled_from(DTYPES), st.integers(1, 3))
 def test_adamw(data: st.DataObject, shapes: list[Shape], dtype: torch.dtype, steps: int) -> None:
     """Parameters, gradients and moments in layouts of their own."""
-    own = [[data.draw(layouts(shape, None if name == "g" else ())) for shape in shapes] for name in "pgmv"]
+    own = [
+        [data.draw(layouts(shape, None if name == "g" else ())) for shape in shapes]
+        for name in "pgmv"
+    ]
     masters = dtype != torch.float32 and data.draw(st.booleans(), "masters")
     scalars = {
         "lr": 1e-2,
