@@ -77,7 +77,7 @@ class Layout:
 
 @st.composite
 def layouts(draw: st.DrawFn, shape: Shape, shared: Sequence[int] | None = None) -> Layout:
-    """Dimensions in any order, with steps and margins; some of `shared` (default: all but one) repeat."""
+    """Dimensions in any order, with steps and margins; `shared` ones (all but the last) may repeat."""
     shared = range(len(shape) - 1) if shared is None else shared
     if draw(st.booleans()):  # as mostly
         whole = tuple(range(len(shape)))
@@ -127,8 +127,8 @@ def check(
 
     `integers` maps names to shapes and what makes such tensors. Weights are scaled by the root of their
     columns, as a layer's are. `shared` names the dimensions that may have stride 0: not those whose
-    equal elements make a gradient vanish but for its rounding, as equal keys do. Outputs are transposed,
-    so that upstream gradients come in any order of dimensions.
+    equal elements make a gradient vanish but for its rounding, as equal keys do. Outputs are
+    transposed, so that upstream gradients come in any order of dimensions.
     """
     makers = {
         name: (shape, partial(normal, shape[-1] ** -0.5 if name.endswith("weight") else 1.0))
