@@ -113,7 +113,7 @@ def pack(weight: Tensor, weights: Weights) -> PackedWeight:
     weight = weight.detach().float()
     scale = weight.abs().amax(1) / 127
     inverse = torch.where(scale > 0, scale, 1.0)
-    data = (weight / inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    data = (weight / inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8).contiguous()
     return PackedWeight(data, scale)
 
 
