@@ -230,10 +230,17 @@ class GPT(nn.Module):
     >>> logits, loss = model(idx, targets=idx)
     """
 
+    #: In config.json.
+    model_type = "gpt2"
+    #: What is below the head.
+    body: type[nn.Module] = Transformer
+
+    transformer: Transformer
+
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Transformer(config)
+        self.transformer = self.body(config)  # type: ignore[assignment]
         init_gpt2(self, config.n_layer, generator)
         with torch.no_grad():
             self.transformer.wte.weight[config.vocab_size :].zero_()
