@@ -174,7 +174,8 @@ class CausalSelfAttention(nn.Module):
         elif attend is None:
             y = functional.flash_attn_qkvpacked_func(qkv, dropout_p=dropout, causal=True)
         else:
-            y = attend(*qkv.unbind(2), dropout)
+            query, key, value = qkv.unbind(2)
+            y = attend(query, key, value, dropout)
         return self.resid_dropout(self.c_proj(y.reshape(batch, length, self.n_embd)))
 
 

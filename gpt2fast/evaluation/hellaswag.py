@@ -363,9 +363,12 @@ class _Packed(KVCache):
     def attention(self, layer: int) -> Attend:
         def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
             key, value = (part[0].index_select(0, self._keys) for part in (key, value))
-            return functional.flash_attn_varlen_func(
-                query[0], key, value, *self._starts, *self._longest, dropout_p, causal=True
-            ).unsqueeze(0)
+            (q_starts, k_starts), (longest_q, longest_k) = self._starts, self._longest
+            y = functional.flash_attn_varlen_func(
+                query[0], key, value, q_starts, k_starts, longest_q, longest_k, dropout_p,
+                causal=True,
+            )  # fmt: skip
+            return y.unsqueeze(0)
 
         return attend
 

@@ -123,10 +123,12 @@ class Ranks:
             OSError, SafetensorError, ValueError: on all, what one of them met.
         """
         from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         reader = HuggingFaceStorageReader(str(folder))
         found: dict[str, Tensor] = {}
         for name, kept in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(kept, TensorStorageMetadata)  # safetensors holds nothing else
             found[name] = empty(name, kept.size, kept.properties.dtype)
         with _telling(), _unwrapped():
             load(
