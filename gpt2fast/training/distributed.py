@@ -105,7 +105,7 @@ class Ranks:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         with _telling(), _unwrapped():
             save(
-                dict(tensors),
+                dict(sorted(tensors.items())),  # who writes what depends on the order
                 storage_writer=writer,
                 process_group=self.group,
                 no_dist=self.world_size == 1,
