@@ -259,6 +259,22 @@ def _telling() -> Iterator[None]:
 
 
 @contextmanager
+def whole_ends(model: Any) -> Iterator[None]:
+    """Within the block embeddings and last norm are whole, for calls of parts of the model.
+
+    FSDP gathers them by itself only for calls of the model; blocks it gathers for their own.
+    """
+    if not _is_sharded(model):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+@contextmanager
 def _unwrapped() -> Iterator[None]:
     """Raises what failed in torch.distributed.checkpoint, and not its collection of failures."""
     from torch.distributed.checkpoint import CheckpointException

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from gpt2fast import GPT, GPTConfig, use_backend
 from gpt2fast.cli import main
-from gpt2fast.data import BatchLoader, TokenDataset, prepare
+from gpt2fast.data import BatchLoader, ByteTokenizer, TokenDataset, prepare
+from gpt2fast.evaluation import evaluate_hellaswag
 from gpt2fast.optim import AdamW
 from gpt2fast.training import CheckpointError, TrainConfig, resume_run, start_run
 from gpt2fast.training import trainer as trainers
 from gpt2fast.training.checkpoint import find_checkpoint
 from gpt2fast.training.distributed import Forward, Ranks, environment, gathered, share_rows
+from tests.evaluation.test_hellaswag import made_up, write
 from tests.ops.numerics import compare
 from tests.training.test_runs import (
     ROOT,
@@ -415,6 +417,27 @@ def test_a_part_that_cannot_be_written(two: Two, settings: dict[str, Any], tmp_p
         assert isinstance(error, OSError)
         assert "the disk is full; the last good checkpoint is step_00000005" in str(error)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000005"]
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_hellaswag_is_scored_by_many(
+    two: Two, settings: dict[str, Any], tmp_path: Path, parallel: str
+) -> None:
+    """As the last checkpoint scores by itself; and training goes on after it."""
+    (tmp_path / "text.txt").write_text("".join(map(chr, range(32, 127))) * 50)
+    prepare(
+        "text", tmp_path / "data", input=tmp_path / "text.txt", tokenizer="byte", progress=False
+    )
+    examples = write(tmp_path / "h.jsonl", made_up(9))
+    asked = {"data": str(tmp_path / "data"), "hellaswag": str(examples), "hellaswag_interval": 2}
+    two(start, {**settings, **asked, "parallel": parallel, "max_steps": 5}, tmp_path / "run")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    found = [line for line in map(json.loads, lines) if "hellaswag_acc" in line]
+    assert [line["step"] for line in found] == [2, 4, 5]
+    model = GPT.from_pretrained(tmp_path / "run/checkpoints/step_00000005")
+    expected = evaluate_hellaswag(model, ByteTokenizer(), made_up(9))
+    assert found[-1]["hellaswag_acc"] == expected.acc
+    assert found[-1]["hellaswag_acc_norm"] == expected.acc_norm
 
 
 # What all agree on
