@@ -32,9 +32,13 @@ class _OneHotBody(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, idx: Tensor, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        table: Tensor | None = None,
     ) -> Tensor:
-        """idx (B, T) -> (B, T, C). Of a cache only the length is kept."""
+        """idx (B, T) -> (B, T, C). Of a cache only the length is kept; the rest is a GPT's."""
         if cache is not None:
             cache.length += idx.shape[1]
         return torch.tanh(self.activation(idx))
