@@ -117,6 +117,7 @@ def export_huggingface(
         dtype: of the weights; by default the model's.
 
     Raises:
+        ValueError: it is no GPT-2.
         OSError: something cannot be written.
 
     >>> from pathlib import Path
@@ -126,6 +127,8 @@ def export_huggingface(
     >>> sorted(path.name for path in Path("out").iterdir() if path.suffix != ".md")
     ['config.json', 'generation_config.json', 'model.safetensors']
     """
+    if model.model_type != "gpt2":
+        raise ValueError(f"transformers has GPT-2, but no {model.model_type}")
     notes: list[str] = []
     try:
         tokenizer: Tokenizer | None = load_tokenizer(origin, model.config.vocab_size)

@@ -147,6 +147,7 @@ def load(folder: str | Path, *, dropout: float = 0.0) -> "GPT":
     >>> load("mine").config.n_embd
     8
     """
+    from gpt2fast.bigram import BIGRAMS
     from gpt2fast.model import GPT, GPTConfig
 
     folder = Path(folder)
@@ -161,7 +162,7 @@ def load(folder: str | Path, *, dropout: float = 0.0) -> "GPT":
         layer_norm_epsilon=described.get("layer_norm_epsilon", 1e-5),
     )
     with torch.device("meta"):
-        model = GPT(config)
+        model = BIGRAMS.get(described["model_type"], GPT)(config)
     state = model.state_dict()
     tensors = _read_tensors(folder)
     if missing := sorted(state.keys() - tensors.keys()):
@@ -186,6 +187,8 @@ def load(folder: str | Path, *, dropout: float = 0.0) -> "GPT":
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    from gpt2fast.bigram import BIGRAMS
+
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not a Hugging Face GPT-2 folder")
@@ -195,6 +198,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(described, dict):
         raise ValueError(f"{path} holds {type(described).__name__}, not an object")
+    if described.get("model_type") in BIGRAMS:
+        return described
     if described.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {described.get('model_type')!r}, not 'gpt2'")
     activation = described.get("activation_function", "gelu_new")
@@ -313,6 +318,8 @@ def save(
         "eos_token_id": end_of_text,
         "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
     }
+    if model.model_type != "gpt2":  # another program is to see that it cannot open this
+        described |= {"architectures": None, "model_type": model.model_type}
     temporary = folder / f".model.safetensors.{os.getpid()}"
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})

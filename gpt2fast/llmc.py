@@ -64,7 +64,7 @@ def save(model: GPT, path: str | Path, dtype: torch.dtype = torch.float32) -> No
     Pad rows of the embedding are written as zeros.
 
     Raises:
-        ValueError: another dtype, or a layer_norm_epsilon other than llm.c's 1e-5.
+        ValueError: another dtype, a layer_norm_epsilon other than llm.c's 1e-5, or no GPT-2.
         OSError: the file cannot be written.
 
     >>> model = gpt2fast.GPT(gpt2fast.GPTConfig(1, 2, 8, vocab_size=10, block_size=16))
@@ -75,6 +75,8 @@ def save(model: GPT, path: str | Path, dtype: torch.dtype = torch.float32) -> No
     versions = {kept: version for version, kept in VERSIONS.items()}
     if dtype not in versions:
         raise ValueError(f"llm.c files are float32 or bfloat16, not {dtype}")
+    if model.model_type != "gpt2":
+        raise ValueError(f"llm.c files hold a GPT-2, and no {model.model_type}")
     config = model.config
     if config.layer_norm_epsilon != 1e-5:
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gpt2fast import functional
-from gpt2fast.nn import Block, LayerNorm, init_gpt2
+from gpt2fast.nn import Attend, Block, LayerNorm, init_gpt2
 from gpt2fast.ops.registry import is_eager
 from gpt2fast.optim import AdamW
 
@@ -93,6 +92,10 @@ class KVCache:
         capacity: how many positions fit, at most and by default block_size.
         dtype, device: those of the model's activations.
 
+    Attributes:
+        length: how many positions are taken; the next token's position.
+        positions: those of a call's tokens, (B, T), where they do not go on from `length`.
+
     Keys and values are (capacity, H, D) for each layer and row of the batch, D = n_embd / n_head.
 
     Raises:
@@ -106,6 +109,8 @@ class KVCache:
     >>> logits.shape, cache.length
     (torch.Size([1, 10]), 4)
     """
+
+    positions: Tensor | None = None
 
     def __init__(
         self,
@@ -127,16 +132,17 @@ class KVCache:
         self.values = torch.empty(shape, dtype=dtype, device=device).transpose(2, 3)
         self.length = 0
 
-    def appender(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """For `layer`: stores new keys and values (B, T, H, D) and returns views of all."""
+    def attention(self, layer: int) -> Attend:
+        """For `layer`: stores new keys and values, and attends to all so far."""
 
-        def append(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
             end = self.length + key.shape[1]
             self.keys[layer][:, self.length : end] = key
             self.values[layer][:, self.length : end] = value
-            return self.keys[layer][:, :end], self.values[layer][:, :end]
+            past = self.keys[layer][:, :end], self.values[layer][:, :end]
+            return functional.flash_attn_func(query, *past, dropout_p=dropout_p, causal=True)
 
-        return append
+        return attend
 
 
 class Layer(Block):
@@ -150,11 +156,11 @@ class Layer(Block):
         self,
         x: Tensor,
         branch: Tensor | None,
-        append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        attend: Attend | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`gpt2fast.nn.Block.branches`."""
-        return self.branches(x, branch, append, cu_seqlens)
+        return self.branches(x, branch, attend, cu_seqlens)
 
 
 class Transformer(nn.Module):
@@ -183,35 +189,40 @@ class Transformer(nn.Module):
         """See :meth:`GPT.hidden`; `table` stands for wte.weight."""
         wte = self.wte.weight if table is None else table
         sparse = wte is not self.wte.weight
-        if cu_seqlens is None:
+        positions = None if cache is None else cache.positions
+        if cu_seqlens is not None:
+            positions = _positions_in_documents(idx, cu_seqlens)
+        if positions is None:
             position = 0 if cache is None else cache.length
             x = functional.embedding(idx, wte, self.wpe.weight, position, sparse)
         else:
-            x = self._embed_documents(idx, cu_seqlens, wte, sparse)
+            x = self._embed_at(idx, positions, wte, sparse)
         x, branch = self.drop(x), None
         for layer, block in enumerate(self.h):
-            append = None if cache is None else cache.appender(layer)
+            attend = None if cache is None else cache.attention(layer)
             if self.gradient_checkpointing and self.training:
-                x, branch = checkpoint(block, x, branch, append, cu_seqlens, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, attend, cu_seqlens, use_reentrant=False)
             else:
-                x, branch = block(x, branch, append, cu_seqlens)
+                x, branch = block(x, branch, attend, cu_seqlens)
         assert branch is not None  # there is a block
         _, y = self.ln_f.add(x, branch)
         if cache is not None:
             cache.length += idx.shape[1]
         return y
 
-    def _embed_documents(
-        self, idx: Tensor, cu_seqlens: Tensor, wte: Tensor, sparse: bool
-    ) -> Tensor:
-        """Token and position embedding, with the positions of each document counted from 0."""
-        where = torch.arange(idx.numel(), dtype=torch.int32, device=idx.device)
-        document = torch.searchsorted(cu_seqlens, where, right=True) - 1
-        positions = (where - cu_seqlens[document]).view(idx.shape)
+    def _embed_at(self, idx: Tensor, positions: Tensor, wte: Tensor, sparse: bool) -> Tensor:
+        """Token and position embedding of tokens (B, T) at positions (B, T)."""
         # The function adds rows of a second table by place: here none, as places are not positions.
         nothing = wte.new_zeros(idx.shape[1], wte.shape[1])
         tokens = functional.embedding(idx, wte, nothing, sparse=sparse)
         return tokens + functional.embedding(positions, self.wpe.weight, nothing)
+
+
+def _positions_in_documents(idx: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The positions (B, T) of tokens (B, T), counted from 0 in each document."""
+    where = torch.arange(idx.numel(), dtype=torch.int32, device=idx.device)
+    document = torch.searchsorted(cu_seqlens, where, right=True) - 1
+    return (where - cu_seqlens[document]).view(idx.shape)
 
 
 class _Tied(torch.autograd.Function):
@@ -248,10 +259,17 @@ class GPT(nn.Module):
     >>> logits, loss = model(idx, targets=idx)
     """
 
+    #: In config.json.
+    model_type = "gpt2"
+    #: What is below the head.
+    body: type[nn.Module] = Transformer
+
+    transformer: Transformer
+
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Transformer(config)
+        self.transformer = self.body(config)  # type: ignore[assignment]
         init_gpt2(self, config.n_layer, generator)
         with torch.no_grad():
             self.transformer.wte.weight[config.vocab_size :].zero_()

@@ -29,6 +29,10 @@ class Linear(nn.Linear):
         """x (..., C) -> (..., D)."""
         return functional.linear(input, self.weight, self.bias)
 
+#: Attention of one layer: queries, keys and values (B, T, H, D) of a call and the dropout
+#: probability -> (B, T, H, D).
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
 
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm over the last dimension, on :func:`gpt2fast.functional.layer_norm`.
@@ -163,14 +167,14 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        attend: Attend | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
-        `append` takes this call's keys and values (B, T, H, D) and returns those of all positions
-        so far, for decoding with a key/value cache. `cu_seqlens` (D + 1,), int32, are the borders
-        of documents in the B T positions, none longer than T: no document sees another.
+        `attend` takes the place of the causal attention within the call, for decoding with a
+        key/value cache. `cu_seqlens` (D + 1,), int32, are the borders of documents in the B T
+        positions, none longer than T: no document sees another.
         """
         batch, length, _ = x.shape
         packed = (batch, length, 3, self.n_head, self.n_embd // self.n_head)
@@ -181,13 +185,11 @@ class CausalSelfAttention(nn.Module):
             y = functional.flash_attn_varlen_func(
                 q, k, v, cu_seqlens, cu_seqlens, length, length, dropout_p=dropout, causal=True
             )
-        elif append is None:
+        elif attend is None:
             y = functional.flash_attn_qkvpacked_func(qkv, dropout_p=dropout, causal=True)
         else:
             query, key, value = qkv.unbind(2)
-            y = functional.flash_attn_func(
-                query, *append(key, value), dropout_p=dropout, causal=True
-            )
+            y = attend(query, key, value, dropout)
         return self.resid_dropout(self.c_proj(y.reshape(batch, length, self.n_embd)))
 
 
@@ -248,7 +250,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         branch: Tensor | None = None,
-        append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        attend: Attend | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The same from x + branch, to x after the attention and the MLP's branch, not yet added.
@@ -256,7 +258,7 @@ class Block(nn.Module):
         The next norm adds the branch, in one pass over memory.
         """
         x, y = (x, self.ln_1(x)) if branch is None else self.ln_1.add(x, branch)
-        x, y = self.ln_2.add(x, self.attn(y, append, cu_seqlens))
+        x, y = self.ln_2.add(x, self.attn(y, attend, cu_seqlens))
         return x, self.mlp(y)
 
 

@@ -6,11 +6,11 @@ smallest mean. That is how build-nanogpt and the published numbers of GPT-2 do i
 0.2955).
 
 Scoring them one by one would run the model over a context four times and over every position of the
-vocabulary. Here examples are sorted by the length of their context, and a batch runs in two calls:
-the part of the contexts that all rows of the batch have is computed once for each example, with the
-keys and values kept; then the rest of each context with each ending goes on from there, padded on
-the right. Under a causal mask no token sees the padding behind it. The head is applied to the
-positions that predict an ending's token, and to no other.
+vocabulary. Here an example is its context, once, and after it the endings without their last tokens;
+examples follow each other in one row of tokens, without padding. Norms and matrix products do not
+mind whose token is whose. Attention does: an ending sees the context and itself, at the positions
+that it has behind the context. The head is applied to the positions that predict an ending's token,
+and to no other.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from gpt2fast import functional
 from gpt2fast.data.download import fetch
 from gpt2fast.data.tokenizers import Tokenizer
 from gpt2fast.model import GPT, KVCache
+from gpt2fast.nn import Attend
 
 __all__ = [
     "Example",
@@ -51,7 +52,7 @@ SHA256: Final[dict[str, str | None]] = {
     "train": None,
 }
 
-#: Padded positions in one call of the model: enough to keep two cores busy, or a GPU.
+#: Positions in one call of the model: enough to keep two cores busy, or a GPU.
 BATCH_TOKENS: Final = {"cpu": 4096, "cuda": 65536}
 
 
@@ -234,7 +235,7 @@ def score_examples(
         model: on its device; runs in evaluation mode.
         tokenizer: the model's.
         examples: all with the same number of endings.
-        batch_tokens: padded positions in a call of the model; by default 4096 on a CPU.
+        batch_tokens: positions in a call of the model; by default 4096 on a CPU.
         dtype: bfloat16 or float16 runs under autocast.
         progress: show a progress bar if stderr is a terminal.
         cancelled: asked before each batch.
@@ -291,9 +292,9 @@ class _Encoded:
     truncated: bool
 
     @property
-    def longest(self) -> int:
-        """Positions of the model that the longest ending needs; the last token is no input."""
-        return len(self.context) + max(len(ending) for ending in self.endings) - 1
+    def positions(self) -> int:
+        """What the model is run over; an ending's last token is no input."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
 def _encode(tokenizer: Tokenizer, example: Example, block_size: int) -> _Encoded:
@@ -308,100 +309,81 @@ def _encode(tokenizer: Tokenizer, example: Example, block_size: int) -> _Encoded
 
 
 def _batches(encoded: Sequence[_Encoded], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of examples that run together, the longest contexts first.
-
-    An example joins while that costs little more than running it by itself: its neighbours' longer
-    endings are padding for it, and its shorter context shortens what is shared. Below
-    `_FULL_MATRICES` positions more rows make the matrix products faster than padding costs.
-    """
-
-    def place(index: int) -> tuple[int, int]:
-        item = encoded[index]
-        return len(item.context) // 4, item.longest - len(item.context)
-
+    """Indices of neighbours that run together: at most `batch_tokens` positions, or one example."""
     batch: list[int] = []
-    for index in sorted(range(len(encoded)), key=place, reverse=True):
-        both, before = _positions(encoded, [*batch, index]), _positions(encoded, batch)
-        worth = before < _FULL_MATRICES or both - before <= 1.1 * _positions(encoded, [index])
-        if batch and (both > batch_tokens or not worth):
+    taken = 0
+    for index, item in enumerate(encoded):
+        if batch and taken + item.positions > batch_tokens:
             yield batch
-            batch = []
+            batch, taken = [], 0
         batch.append(index)
-    if batch:
-        yield batch
+        taken += item.positions
+    yield batch
 
 
-#: Rows from which matrix products are no longer faster by more of them.
-_FULL_MATRICES: Final = 256
+class _Packed(KVCache):
+    """Examples in one row of tokens, and the attention within them.
 
-
-def _positions(encoded: Sequence[_Encoded], batch: Sequence[int]) -> int:
-    """What the model is run over for a batch: shared prefixes, and padded continuations."""
-    if not batch:
-        return 0
-    shared = min(len(encoded[i].context) for i in batch) - 1
-    width = max(encoded[i].longest for i in batch) - shared
-    return len(batch) * (shared + width * len(encoded[batch[0]].endings))
-
-
-class _SharedPrefix(KVCache):
-    """Keys and values of prefixes (B, P) for continuations (B * E, ...), E of each prefix.
-
-    Only the prefixes' are kept: a continuation is one call, and needs its own within it only.
+    Attributes:
+        idx: tokens, (1, T): of each example the context, then every ending but its last token.
+        scored, targets: the rows of the hidden states that predict the endings' tokens, and these
+            tokens, (N,); one ending after the other.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self.copies = 0  # 0 while the prefix itself is run
-        self._layers: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, batch: Sequence[_Encoded], device: torch.device) -> None:
+        tokens, positions, scored, keys = [], [], [], []
+        starts = {"q": [0], "k": [0]}
+        end = 0  # of the row so far
+        for item in batch:
+            context = np.arange(end, end + len(item.context))
+            tokens.append(item.context)
+            positions.append(context - end)
+            end += len(context)
+            for ending in item.endings:
+                own = np.arange(end, end + len(ending) - 1)
+                tokens.append(ending[:-1])
+                positions.append(len(context) + own - end)
+                scored += [context[-1:], own]
+                # The first ending goes on from the context, and is one document with it.
+                keys += [context, own]
+                starts["q"].append(end + len(own))
+                starts["k"].append(starts["k"][-1] + len(context) + len(own))
+                end += len(own)
 
-    def appender(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        def append(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            if not self.copies:
-                self._layers.append((key, value))
-                return key, value
-            prefixes = (part.repeat_interleave(self.copies, 0) for part in self._layers[layer])
-            key, value = (
-                torch.cat([prefix, part], 1)
-                for prefix, part in zip(prefixes, (key, value), strict=True)
-            )
-            return key, value
+        def tensor(parts: Sequence[npt.NDArray[Any]], dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.from_numpy(np.concatenate(parts)).to(device, dtype)
 
-        return append
+        self.idx, self.positions = (tensor(part).unsqueeze(0) for part in (tokens, positions))
+        self.scored, self.targets = tensor(scored), tensor([e for i in batch for e in i.endings])
+        self.capacity, self.length = end, 0
+        self._keys = tensor(keys)
+        self._starts = [tensor([np.array(s)], torch.int32) for s in starts.values()]
+        self._longest = [int(np.diff(s).max()) for s in starts.values()]
+
+    def attention(self, layer: int) -> Attend:
+        def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+            key, value = (part[0].index_select(0, self._keys) for part in (key, value))
+            (q_starts, k_starts), (longest_q, longest_k) = self._starts, self._longest
+            y = functional.flash_attn_varlen_func(
+                query[0], key, value, q_starts, k_starts, longest_q, longest_k, dropout_p,
+                causal=True,
+            )  # fmt: skip
+            return y.unsqueeze(0)
+
+        return attend
 
 
 def _score(model: GPT, batch: Sequence[_Encoded], device: torch.device) -> npt.NDArray[np.float64]:
     """Summed losses (B, E) of a batch."""
-    count = len(batch[0].endings)
-    shared = min(len(item.context) for item in batch) - 1
-    width = max(item.longest for item in batch) - shared
-    idx = np.zeros((len(batch) * count, width), dtype=np.int64)
-    rows, columns, targets = [], [], []
-    for row, (item, ending) in enumerate((b, e) for b in batch for e in b.endings):
-        rest = np.concatenate([item.context[shared:], ending])
-        idx[row, : len(rest) - 1] = rest[:-1]
-        first = len(item.context) - shared - 1
-        rows.append(np.full(len(ending), row))
-        columns.append(np.arange(first, first + len(ending)))
-        targets.append(ending.astype(np.int64))
-    cache = None
-    if shared:
-        cache = _SharedPrefix(model.config.block_size)
-        prefix = np.stack([item.context[:shared] for item in batch]).astype(np.int64)
-        model.hidden(torch.from_numpy(prefix).to(device), cache)
-        cache.copies = count
-    hidden = model.hidden(torch.from_numpy(idx).to(device), cache)
-    at_row, at_column, target = (
-        torch.from_numpy(np.concatenate(part)).to(device) for part in (rows, columns, targets)
-    )
+    packed = _Packed(batch, device)
+    hidden = model.hidden(packed.idx, packed)[0]
     losses = functional.linear_cross_entropy(
-        hidden[at_row, at_column],
+        hidden.index_select(0, packed.scored),
         model.transformer.wte.weight,
-        target,
+        packed.targets,
         reduction="none",
         vocab_size=model.config.vocab_size,
     )
-    sums = np.zeros(len(idx))
-    np.add.at(sums, np.concatenate(rows), losses.double().cpu().numpy())
-    return sums.reshape(len(batch), count)
+    lengths = [len(ending) for item in batch for ending in item.endings]
+    starts = np.cumsum([0, *lengths[:-1]])
+    return np.add.reduceat(losses.double().cpu().numpy(), starts).reshape(len(batch), -1)

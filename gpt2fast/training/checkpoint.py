@@ -5,11 +5,14 @@ checkpoints/step_00001000/
     gpt2fast_tokenizer.json             what its tokens mean
     train_config.json                   the run's configuration
     training.safetensors                optimizer state and random generators of all processes
+    optimizer/                          optimizer state, if `checkpoint` is "sharded": a file for
+                                        each process that held a part of it
     training.json                       step, loader position, learning-rate groups
     checkpoint.json                     the list of files and their sizes
 
 A checkpoint is written into a temporary folder, flushed to disk and renamed, so a folder that has
 the name is whole, whatever ends the process. Nothing is pickled: loading runs no foreign code.
+The weights are one file either way, so that sampling, evaluating and exporting are the same.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,6 +60,7 @@ VERSION: Final = 2  # of what a resumed run reads; 1 had the generators of one p
 MODEL: Final = "model.safetensors"
 TOKENIZER: Final = "gpt2fast_tokenizer.json"
 TENSORS: Final = "training.safetensors"
+PARTS: Final = "optimizer"
 STATE: Final = "training.json"
 
 _NAME: Final = re.compile(r"step_(\d{8,})")
@@ -130,6 +135,9 @@ class Checkpoint:
         path = self.folder / TENSORS
         try:
             tensors = load_file(path)
+            if (parts := self.folder / PARTS).is_dir():
+                path = parts
+                tensors |= ranks.read_parts(parts, partial(_room, optimizer))
             _restore_optimizer(optimizer, state["optimizer"], tensors)
             trainer = dict(state["trainer"])
             if ranks.rank < len(state["random"]):
@@ -170,14 +178,23 @@ def save_checkpoint(
     """Write `folder`/step_<step> and delete all but the `keep` newest whole checkpoints.
 
     Older ones go only when the new one is on disk. Of many processes all are to call it, and the
-    first one writes: the same files whatever their number, and whether the model is in parts.
+    first one writes: the same files whatever their number, and whether the model is in parts. Only
+    a sharded checkpoint has a file of each.
 
     Raises:
         OSError: it could not be written (a full disk is named so); what was there before is whole.
     """
+    target = folder / f"step_{step:08d}"
+    temporary = folder / f".writing-{target.name}"
     whole = ranks.whole(model)
-    groups, tensors = _optimizer_state(optimizer, ranks)
+    sharded = config.checkpoint == "sharded"
+    groups, tensors = _optimizer_state(optimizer, ranks, whole=not sharded)
     generators = ranks.collect(_generators_state())
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        temporary.mkdir()
 
     def write() -> Checkpoint:
         assert whole is not None  # on the first process
@@ -186,69 +203,57 @@ def save_checkpoint(
         for rank, (python, own) in enumerate(generators):
             described.append(python)
             states |= {f"random.{rank}.{name}": tensor for name, tensor in own.items()}
-        return _write(
-            folder,
-            step,
-            model=whole,
-            tensors={**tensors, **states},
-            state={"trainer": dict(trainer), "optimizer": groups, "random": described},
-            tokenizer=tokenizer,
-            config=config,
-            keep=keep,
-        )
-
-    return ranks.on_first(write)
-
-
-def _write(
-    folder: Path,
-    step: int,
-    *,
-    model: GPT,
-    tensors: dict[str, Tensor],
-    state: dict[str, Any],
-    tokenizer: Tokenizer,
-    config: TrainConfig,
-    keep: int,
-) -> Checkpoint:
-    target = folder / f"step_{step:08d}"
-    temporary = folder / f".writing-{target.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        temporary.mkdir()
-        model.save_pretrained(temporary)
+        whole.save_pretrained(temporary)
         _write_json(temporary / TOKENIZER, tokenizer.to_json())
         config.save(temporary / CONFIG)
-        save_file(tensors, temporary / TENSORS)
+        save_file(states if sharded else {**tensors, **states}, temporary / TENSORS)
+        state = {"trainer": dict(trainer), "optimizer": groups, "random": described}
         _write_json(temporary / STATE, state)
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        manifest = {
-            "format": "gpt2fast-checkpoint",
-            "version": VERSION,
-            "step": step,
-            "files": sizes,
-        }
-        _write_json(temporary / MANIFEST, manifest)
-        for path in temporary.iterdir():
-            _flush(path)
-        _flush(temporary)
-        if target.exists():  # a damaged one, or of a step that is being repeated
-            os.rename(target, folder / f".deleting-{target.name}")
-        os.rename(temporary, target)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _explained(error, target) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _publish(temporary, target, step)
+        return Checkpoint(target)
+
+    try:
+        ranks.on_first(begin)
+        if sharded and tensors:
+            ranks.write_parts(temporary / PARTS, tensors)
+        written = ranks.on_first(write)
+    except BaseException as error:
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise _explained(error, target) from error
         raise
+    if ranks.first:
+        _delete_old(folder, step, keep)
+    return written
+
+
+def _publish(temporary: Path, target: Path, step: int) -> None:
+    """Lists the files, sees them on disk and gives the folder its name."""
+    paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+    manifest = {
+        "format": "gpt2fast-checkpoint",
+        "version": VERSION,
+        "step": step,
+        "files": {path.relative_to(temporary).as_posix(): path.stat().st_size for path in paths},
+    }
+    _write_json(temporary / MANIFEST, manifest)
+    for path in temporary.rglob("*"):
+        _flush(path)
+    _flush(temporary)
+    if target.exists():  # a damaged one, or of a step that is being repeated
+        os.rename(target, target.with_name(f".deleting-{target.name}"))
+    os.rename(temporary, target)
+    _flush(target.parent)
+
+
+def _delete_old(folder: Path, step: int, keep: int) -> None:
+    """All whole checkpoints up to `step` but the `keep` newest, and what kills left."""
     whole = [found for found in list_checkpoints(folder) if found.step <= step]
     for old in whole[:-keep]:
         with contextlib.suppress(OSError):
             os.rename(old.folder, folder / f".deleting-{old.folder.name}")
     _remove_leftovers(folder)
-    return Checkpoint(target)
 
 
 def list_checkpoints(folder: Path, damaged: list[str] | None = None) -> list[Checkpoint]:
@@ -368,25 +373,42 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def _optimizer_state(
-    optimizer: torch.optim.Optimizer, ranks: Ranks
+    optimizer: torch.optim.Optimizer, ranks: Ranks, whole: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state_dict as JSON values and, apart, its tensors, on the first process."""
+    """The state_dict as JSON values and, apart, its tensors.
+
+    These are gathered on the first process, or where not `whole` left in parts on each.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
-            if isinstance(value, Tensor):
+            key = f"optimizer.{index}.{name}"
+            if isinstance(value, Tensor) and not whole:
+                tensors[key] = value.detach()
+            elif isinstance(value, Tensor):
                 full = gathered(value.detach())
                 if not ranks.first:
                     continue
                 # Cloned only where it is a view, which safetensors refuses.
                 tensor = full.cpu().contiguous()
-                whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-                tensors[f"optimizer.{index}.{name}"] = tensor if whole else tensor.clone()
+                own = tensor.untyped_storage().nbytes() == tensor.nbytes
+                tensors[key] = tensor if own else tensor.clone()
             else:
                 scalars.setdefault(str(index), {})[name] = value
     return {"groups": state["param_groups"], "scalars": scalars}, tensors
+
+
+def _room(
+    optimizer: torch.optim.Optimizer, key: str, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """For the state `key` of a checkpoint: as its parameter is parted, if it has its shape."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameter = parameters[int(key.split(".")[1])]
+    if shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype)
 
 
 def _restore_optimizer(

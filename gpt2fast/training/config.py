@@ -43,6 +43,7 @@ RESUMABLE: Final = frozenset(
         "eval_batches",
         "save_interval",
         "keep_checkpoints",
+        "checkpoint",
         "sample_tokens",
         "compare_reference",
         "gradient_checkpointing",
@@ -79,7 +80,10 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = _field(
-        None, "model", "size: gpt2, gpt2-medium, gpt2-large, gpt2-xl, nano, micro, mini [gpt2]"
+        None,
+        "model",
+        "size: gpt2, gpt2-medium, gpt2-large, gpt2-xl, nano, micro, mini; or a baseline: "
+        "bigram-onehot, bigram-embedding [gpt2]",
     )
     n_layer: int | None = _field(None, "model", "blocks (default: the model's)", ge=1)
     n_head: int | None = _field(None, "model", "attention heads (default: the model's)", ge=1)
@@ -161,6 +165,12 @@ class TrainConfig(BaseModel):
         250, "checkpoints", "steps between checkpoints; 0: at the end", ge=0
     )
     keep_checkpoints: int = _field(2, "checkpoints", "checkpoints to keep", ge=1)
+    checkpoint: Literal["whole", "sharded"] = _field(
+        "whole",
+        "checkpoints",
+        "optimizer state: whole (gathered and written by the first process) or sharded (each "
+        "process writes its part). The weights are whole either way",
+    )
 
     seed: int = _field(1337, "machine", "seed of weights, data order and dropout", ge=0)
     deterministic: bool = _field(

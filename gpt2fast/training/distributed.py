@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import torch
@@ -90,6 +91,54 @@ class Ranks:
         result: T = told[0]
         return result
 
+    def write_parts(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Each process writes what it holds of the tensors into a safetensors file of its own.
+
+        What all hold is written once. torch.distributed.checkpoint decides who, and notes in each
+        file which part of a tensor it has; nothing is pickled.
+
+        Raises:
+            OSError, SafetensorError: on all, what one of them met.
+        """
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        with _telling(), _unwrapped():
+            save(
+                dict(sorted(tensors.items())),  # who writes what depends on the order
+                storage_writer=writer,
+                process_group=self.group,
+                no_dist=self.world_size == 1,
+            )
+
+    def read_parts(
+        self, folder: Path, empty: Callable[[str, torch.Size, torch.dtype], Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors that any number of processes wrote with `write_parts`.
+
+        `empty` makes room for a tensor of a name, whole shape and dtype; where it is a DTensor this
+        process reads its part only.
+
+        Raises:
+            OSError, SafetensorError, ValueError: on all, what one of them met.
+        """
+        from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        reader = HuggingFaceStorageReader(str(folder))
+        found: dict[str, Tensor] = {}
+        for name, kept in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(kept, TensorStorageMetadata)  # safetensors holds nothing else
+            found[name] = empty(name, kept.size, kept.properties.dtype)
+        with _telling(), _unwrapped():
+            load(
+                dict(found),
+                storage_reader=reader,
+                process_group=self.group,
+                no_dist=self.world_size == 1,
+            )
+        return found
+
     def seed(self, seed: int, step: int = 0) -> None:
         """Random generators of this process that go on as no other's does from `step` on."""
         draw = random.Random(f"{seed} {step} {self.rank}")
@@ -121,6 +170,7 @@ class Ranks:
 
         None on the others.
         """
+        from gpt2fast.bigram import BIGRAMS
         from gpt2fast.model import GPT
 
         if not _is_sharded(model):
@@ -133,7 +183,7 @@ class Ranks:
         if not self.first:
             return None
         with torch.device("meta"):
-            copy = GPT(model.config)
+            copy = BIGRAMS.get(model.model_type, GPT)(model.config)
         copy.load_state_dict(state, assign=True)
         return copy
 
@@ -206,6 +256,37 @@ def _telling() -> Iterator[None]:
             "another process of this run has ended or cannot be reached. Its own message tells "
             f"why, if it could give one; --resume goes on from the last checkpoint ({reason})"
         ) from error
+
+
+@contextmanager
+def whole_ends(model: Any) -> Iterator[None]:
+    """Within the block embeddings and last norm are whole, for calls of parts of the model.
+
+    FSDP gathers them by itself only for calls of the model; blocks it gathers for their own.
+    """
+    if not _is_sharded(model):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raises what failed in torch.distributed.checkpoint, and not its collection of failures."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            # One process by itself is no mistake.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        raise failure from None
 
 
 def _is_sharded(model: Any) -> bool:

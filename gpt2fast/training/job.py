@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from gpt2fast import backends
+from gpt2fast.bigram import BIGRAMS
 from gpt2fast.data import TokenDataset, prepare, sequential_batches
 from gpt2fast.data.batches import make_loader
 from gpt2fast.data.tokenizers import ByteTokenizer, Tokenizer
@@ -39,6 +40,7 @@ __all__ = ["Result", "build_model", "resume_run", "start_run"]
 #: The offline default text: the first modules of Python's standard library, by name.
 DEFAULT_TEXT_BYTES: Final = 3_000_000
 DEFAULT_PROMPT: Final = "def "
+BIGRAM_WIDTH: Final = 128
 
 
 @dataclass(frozen=True)
@@ -192,15 +194,20 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, on: str = "cpu") -> G
     wanted = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
     shape = {name: value for name, value in wanted.items() if value is not None}
     if config.init_from is None:
+        name = config.model or "gpt2"
+        if name in BIGRAMS:
+            if shape.keys() - {"n_embd"} or config.dropout:
+                raise ValueError(f"{name} has n_embd, but no n_layer, n_head or dropout")
+            shape = {"n_layer": 1, "n_head": 1, "n_embd": BIGRAM_WIDTH} | shape
         described = GPTConfig.from_name(
-            config.model or "gpt2",
+            "gpt2" if name in BIGRAMS else name,
             **shape,
             vocab_size=tokenizer.vocab_size,
             block_size=config.block_size,
             dropout=config.dropout,
         )
         with torch.device(on):
-            return GPT(described)
+            return BIGRAMS.get(name, GPT)(described)
     model, folder = open_model(config.init_from, dropout=config.dropout)
     has = model.config
     if config.model is not None:
@@ -328,10 +335,12 @@ def _open_data(
 def _headline(trainer: Trainer, data: TokenDataset) -> str:
     shape = trainer.model.config
     with_ = backends.choose(next(trainer.model.parameters()))
+    shaped = f"GPT with {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}"
+    if (kind := trainer.model.model_type) in BIGRAMS:
+        shaped = f"{kind} of width {shape.n_embd}"
     return (
-        f"{trainer.run}: GPT with {shape.n_layer} layers, {shape.n_head} heads, width "
-        f"{shape.n_embd}: {trainer.model.num_parameters():,} parameters; {data.tokens:,} training "
-        f"tokens; {trainer.tokens_per_step:,} a step; {with_} kernels "
+        f"{trainer.run}: {shaped}: {trainer.model.num_parameters():,} parameters; "
+        f"{data.tokens:,} training tokens; {trainer.tokens_per_step:,} a step; {with_} kernels "
         f"({backends.status(with_).detail})"
     )
 

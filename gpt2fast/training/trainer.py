@@ -19,7 +19,7 @@ from gpt2fast.data.batches import batches_in_order, make_loader
 from gpt2fast.evaluation import Example, download_examples, evaluate_hellaswag, read_examples
 from gpt2fast.training.checkpoint import Checkpoint, save_checkpoint
 from gpt2fast.training.config import TrainConfig
-from gpt2fast.training.distributed import ALONE, Forward, Ranks, share_rows
+from gpt2fast.training.distributed import ALONE, Forward, Ranks, share_rows, whole_ends
 from gpt2fast.training.health import Health
 from gpt2fast.training.interrupt import StopSignals
 from gpt2fast.training.metrics import Metrics, mfu, open_metrics, peak_flops
@@ -393,14 +393,15 @@ class Trainer:
             return
         dtype = None if self.config.dtype == "float32" else torch.bfloat16
         try:
-            found = evaluate_hellaswag(
-                self.model,
-                self.val_data.tokenizer,
-                self.examples,
-                dtype=dtype,
-                progress=False,
-                cancelled=lambda: stop is not None and self._stopped(stop),
-            )
+            with whole_ends(self.model):
+                found = evaluate_hellaswag(
+                    self.model,
+                    self.val_data.tokenizer,
+                    self.examples,
+                    dtype=dtype,
+                    progress=False,
+                    cancelled=lambda: stop is not None and self._stopped(stop),
+                )
         except InterruptedError:
             return
         metrics.write(

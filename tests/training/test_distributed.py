@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gpt2fast import GPT, GPTConfig, use_backend
-from gpt2fast.data import BatchLoader, TokenDataset, prepare
+from gpt2fast.cli import main
+from gpt2fast.data import BatchLoader, ByteTokenizer, TokenDataset, prepare
+from gpt2fast.evaluation import evaluate_hellaswag
 from gpt2fast.optim import AdamW
-from gpt2fast.training import TrainConfig, resume_run, start_run
+from gpt2fast.training import CheckpointError, TrainConfig, resume_run, start_run
 from gpt2fast.training import trainer as trainers
+from gpt2fast.training.checkpoint import find_checkpoint
 from gpt2fast.training.distributed import Forward, Ranks, environment, gathered, share_rows
+from tests.evaluation.test_hellaswag import made_up, write
 from tests.ops.numerics import compare
 from tests.training.test_runs import (
     ROOT,
@@ -36,6 +41,7 @@ from tests.training.two_processes import Two, free_port
 from tests.training.two_processes import environment as environment_of
 
 PARALLEL = ("ddp", "fsdp")
+STORED = (("ddp", "whole"), ("fsdp", "whole"), ("ddp", "sharded"), ("fsdp", "sharded"))
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +238,15 @@ def test_rows_that_cannot_be_shared(two: Two, settings: dict[str, Any], tmp_path
 # Going on
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize(("parallel", "checkpoint"), STORED)
 def test_from_two_to_one(
-    two: Two, settings: dict[str, Any], alone: Path, rounding: float, tmp_path: Path, parallel: str
-) -> None:
+    two: Two, settings: dict[str, Any], alone: Path, rounding: float, tmp_path: Path, parallel: str,
+    checkpoint: str,
+) -> None:  # fmt: skip
     """Stopped at step 6 by a signal to one of two, and ended by one."""
     run = tmp_path / "run"
-    found = two(interrupted, {**settings, "parallel": parallel}, run, 6)
+    asked = {**settings, "parallel": parallel, "checkpoint": checkpoint}
+    found = two(interrupted, asked, run, 6)
     assert [(end["step"], end["signal"]) for end in found] == [(6, signal.SIGTERM)] * 2
     assert resume(run) == 10
     assert distance(run, alone) <= rounding
@@ -249,10 +257,10 @@ def test_from_two_to_one(
     assert states[0]["loader"] == states[1]["loader"]
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize(("parallel", "checkpoint"), STORED)
 def test_from_one_to_two(
     two: Two, settings: dict[str, Any], alone: Path, rounding: float, tmp_path: Path, parallel: str,
-    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -264,17 +272,17 @@ def test_from_one_to_two(
             return original(self)
 
         patch.setattr(trainers.Trainer, "_train_step", with_signal)
-        assert start(settings, run)["step"] == 6
+        assert start({**settings, "checkpoint": checkpoint}, run)["step"] == 6
     assert two(resume, run, parallel=parallel) == [10, 10]
     assert distance(run, alone) <= rounding
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize(("parallel", "checkpoint"), STORED)
 def test_two_go_on_bit_for_bit(
-    two: Two, settings: dict[str, Any], tmp_path: Path, parallel: str
+    two: Two, settings: dict[str, Any], tmp_path: Path, parallel: str, checkpoint: str
 ) -> None:
     """With dropout, and so with the random generators of both."""
-    asked = {**settings, "dropout": 0.1, "parallel": parallel}
+    asked = {**settings, "dropout": 0.1, "parallel": parallel, "checkpoint": checkpoint}
     two(start, asked, tmp_path / "straight")
     two(interrupted, asked, tmp_path / "broken", 6)
     assert two(resume, tmp_path / "broken") == [10, 10]
@@ -292,6 +300,144 @@ def test_checkpointing_activations_changes_no_bit(
     two(start, {**asked, "gradient_checkpointing": True}, tmp_path / "again")
     end = "checkpoints/step_00000003"
     assert_same_bits(tmp_path / "again" / end, tmp_path / "kept" / end)
+
+
+# Checkpoints in parts
+
+
+def room(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def parts(two: Two, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The last checkpoint of a run of four steps, whole and sharded."""
+    found = {}
+    for checkpoint in ("whole", "sharded"):
+        found[checkpoint] = tmp_path_factory.mktemp(checkpoint) / "run"
+        asked = {
+            "n_layer": 2, "n_head": 2, "n_embd": 33 * 2, "block_size": 32, "batch_size": 4,
+            "data": str(text_data), "max_steps": 4, "warmup_steps": 1, "save_interval": 3,
+            "eval_interval": 0, "eval_batches": 1, "sample_tokens": 0, "threads": 1,
+            "parallel": "fsdp", "checkpoint": checkpoint, "deterministic": True,
+        }  # fmt: skip
+        two(start, asked, found[checkpoint])
+    return found
+
+
+def test_parts_are_the_whole(parts: dict[str, Path]) -> None:
+    whole, sharded = (run / "checkpoints/step_00000004" for run in parts.values())
+    assert (sharded / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes()
+    shards = sorted((sharded / "optimizer").iterdir())
+    assert len(shards) == 2
+    expected = load_file(whole / "training.safetensors")
+    found = Ranks().read_parts(sharded / "optimizer", room)
+    found |= load_file(sharded / "training.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # Each process wrote about half, and nobody a pickle.
+    sizes = [path.stat().st_size for path in shards]
+    assert max(sizes) < 0.6 * sum(sizes)
+    endings = {path.suffix for path in sharded.rglob("*") if path.is_file()}
+    assert endings == {".json", ".safetensors"}
+
+
+def test_a_sharded_checkpoint_is_a_model(parts: dict[str, Path], tmp_path: Path) -> None:
+    assert main(["sample", str(parts["sharded"]), "--max-new-tokens", "3"]) == 0
+    for kind, run in parts.items():
+        assert main(["export", str(run), "--out", str(tmp_path / kind)]) == 0
+    written = [(tmp_path / kind / "model.safetensors").read_bytes() for kind in parts]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage"])
+def test_a_damaged_part(parts: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    run = Path(shutil.copytree(parts["sharded"], tmp_path / "run"))
+    newest = run / "checkpoints/step_00000004"
+    path = sorted((newest / "optimizer").iterdir())[1]
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        os.truncate(path, 100)
+    else:
+        path.write_bytes(b"\xff" * path.stat().st_size)
+        with pytest.raises(CheckpointError, match=f"{newest}/optimizer: "):
+            resume_run(run, {"max_steps": 5})
+        return
+    with pytest.raises(CheckpointError, match=f"{path.name}: .*Whole is .*step_00000003"):
+        find_checkpoint(newest)
+    assert find_checkpoint(run).step == 3
+
+
+def both_ways(folder: Path) -> dict[str, Tensor]:
+    """Tensors of which a process holds little or nothing, written and read again."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+
+    def parted(tensor: Tensor) -> Tensor:
+        return dist.tensor.distribute_tensor(tensor, mesh, [dist.tensor.Shard(0)])
+
+    torch.manual_seed(5)
+    tensors = {f"optimizer.{i}.x": torch.randn(3 - i, 4).bfloat16() for i in range(3)}
+    tensors["optimizer.3.x"] = torch.randn(5)
+    ranks, alike = ranks_here(), {"optimizer.0.step": torch.tensor(7.0)}
+    written = {name: parted(tensor) for name, tensor in tensors.items()}
+    ranks.write_parts(folder, {**written, **alike})
+    found = ranks.read_parts(folder, lambda *what: parted(room(*what)) if what[1] else room(*what))
+    for name, tensor in found.items():
+        assert torch.equal(gathered(tensor), {**tensors, **alike}[name])
+    return {**tensors, **alike}
+
+
+def test_parts_of_nothing(two: Two, tmp_path: Path) -> None:
+    expected, _ = two(both_ways, tmp_path / "parts")
+    found = Ranks().read_parts(tmp_path / "parts", room)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def with_a_full_disk_on_the_second(settings: dict[str, Any], run: Path) -> None:
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    with pytest.MonkeyPatch.context() as patch:
+        start({**settings, "max_steps": 5}, run)
+        if dist.get_rank() == 1:
+            patch.setattr(Writer, "write_data", full)
+        resume(run, max_steps=6)
+
+
+def test_a_part_that_cannot_be_written(two: Two, settings: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asked = {**settings, "parallel": "fsdp", "checkpoint": "sharded"}
+    for error in two.outcomes(with_a_full_disk_on_the_second, asked, run):
+        assert isinstance(error, OSError)
+        assert "the disk is full; the last good checkpoint is step_00000005" in str(error)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000005"]
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_hellaswag_is_scored_by_many(
+    two: Two, settings: dict[str, Any], tmp_path: Path, parallel: str
+) -> None:
+    """As the last checkpoint scores by itself; and training goes on after it."""
+    (tmp_path / "text.txt").write_text("".join(map(chr, range(32, 127))) * 50)
+    prepare(
+        "text", tmp_path / "data", input=tmp_path / "text.txt", tokenizer="byte", progress=False
+    )
+    examples = write(tmp_path / "h.jsonl", made_up(9))
+    asked = {"data": str(tmp_path / "data"), "hellaswag": str(examples), "hellaswag_interval": 2}
+    two(start, {**settings, **asked, "parallel": parallel, "max_steps": 5}, tmp_path / "run")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    found = [line for line in map(json.loads, lines) if "hellaswag_acc" in line]
+    assert [line["step"] for line in found] == [2, 4, 5]
+    model = GPT.from_pretrained(tmp_path / "run/checkpoints/step_00000005")
+    expected = evaluate_hellaswag(model, ByteTokenizer(), made_up(9))
+    assert found[-1]["hellaswag_acc"] == expected.acc
+    assert found[-1]["hellaswag_acc_norm"] == expected.acc_norm
 
 
 # What all agree on

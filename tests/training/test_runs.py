@@ -27,11 +27,11 @@ from gpt2fast.training.compare import compare_with_reference
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state of a checkpoint; random generators too."""
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {
-        **load_file(checkpoint / "model.safetensors"),
-        **load_file(checkpoint / "training.safetensors"),
+        f"{path.relative_to(folder)} {name}": tensor
+        for path in folder.rglob("*.safetensors")
+        for name, tensor in load_file(path).items()
     }
 
 
