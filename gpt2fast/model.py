@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gpt2fast import functional
 from gpt2fast.nn import Block, LayerNorm, init_gpt2
+from gpt2fast.ops.registry import is_eager
 from gpt2fast.optim import AdamW
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
@@ -171,14 +174,20 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, idx: Tensor, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        table: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`GPT.hidden`."""
+        """See :meth:`GPT.hidden`; `table` stands for wte.weight."""
+        wte = self.wte.weight if table is None else table
+        sparse = wte is not self.wte.weight
         if cu_seqlens is None:
             position = 0 if cache is None else cache.length
-            x = functional.embedding(idx, self.wte.weight, self.wpe.weight, position)
+            x = functional.embedding(idx, wte, self.wpe.weight, position, sparse)
         else:
-            x = self._embed_documents(idx, cu_seqlens)
+            x = self._embed_documents(idx, cu_seqlens, wte, sparse)
         x, branch = self.drop(x), None
         for layer, block in enumerate(self.h):
             append = None if cache is None else cache.appender(layer)
@@ -192,15 +201,37 @@ class Transformer(nn.Module):
             cache.length += idx.shape[1]
         return y
 
-    def _embed_documents(self, idx: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _embed_documents(
+        self, idx: Tensor, cu_seqlens: Tensor, wte: Tensor, sparse: bool
+    ) -> Tensor:
         """Token and position embedding, with the positions of each document counted from 0."""
         where = torch.arange(idx.numel(), dtype=torch.int32, device=idx.device)
         document = torch.searchsorted(cu_seqlens, where, right=True) - 1
         positions = (where - cu_seqlens[document]).view(idx.shape)
         # The function adds rows of a second table by place: here none, as places are not positions.
-        nothing = self.wte.weight.new_zeros(idx.shape[1], self.wte.weight.shape[1])
-        tokens = functional.embedding(idx, self.wte.weight, nothing)
+        nothing = wte.new_zeros(idx.shape[1], wte.shape[1])
+        tokens = functional.embedding(idx, wte, nothing, sparse=sparse)
         return tokens + functional.embedding(positions, self.wpe.weight, nothing)
+
+
+class _Tied(torch.autograd.Function):
+    """The weight of embedding and head, whose gradient is one dense tensor.
+
+    The embedding's part is sparse and is added to the head's in place: nobody else has that, since
+    both uses make theirs anew. Two dense gradients would be filled and added whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, rows: Tensor | None, table: Tensor | None) -> Tensor | None:
+        if rows is None or table is None:
+            return rows.to_dense() if rows is not None else table
+        return table.add_(rows)
 
 
 class GPT(nn.Module):
@@ -251,6 +282,10 @@ class GPT(nn.Module):
             TypeError, ValueError: idx is not a (B, T) integer tensor, or too long; a cache and
                 cu_seqlens are both given.
         """
+        self._check_length(idx, cache, cu_seqlens)
+        return self.transformer(idx, cache, cu_seqlens)
+
+    def _check_length(self, idx: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> None:
         if not isinstance(idx, Tensor) or idx.dim() != 2:
             raise ValueError(f"idx must be a tensor of shape (B, T), got {_describe(idx)}")
         position = 0 if cache is None else cache.length
@@ -261,12 +296,18 @@ class GPT(nn.Module):
             )
         if cache is not None and cu_seqlens is not None:
             raise ValueError("a cache holds one document a row: cu_seqlens cannot be given, too")
-        return self.transformer(idx, cache, cu_seqlens)
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """The tied weight, as the embedding and as the head are to use it."""
+        weight = self.transformer.wte.weight
+        if torch.is_grad_enabled() and weight.device.type == "cpu" and is_eager(weight):
+            return _Tied.apply(weight)
+        return weight, weight
+
+    def head(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., C); a view without the pad columns."""
-        logits = nn.functional.linear(hidden, self.transformer.wte.weight)
-        return logits[..., : self.config.vocab_size]
+        table = self.transformer.wte.weight if table is None else table
+        return nn.functional.linear(hidden, table)[..., : self.config.vocab_size]
 
     def forward(
         self,
@@ -294,19 +335,21 @@ class GPT(nn.Module):
             TypeError, ValueError: a wrong argument, named.
             IndexError: a token id outside the vocabulary (CPU backend; elsewhere by contract).
         """
-        hidden = self.hidden(idx, cu_seqlens=cu_seqlens)
+        self._check_length(idx, None, cu_seqlens)
+        rows, table = self._tables()
+        hidden = self.transformer(idx, None, cu_seqlens, rows)
         if targets is None:
-            return self.head(hidden)
+            return self.head(hidden, table)
         if not isinstance(targets, Tensor) or targets.shape != idx.shape:
             raise ValueError(
                 f"targets must have the shape of idx, {tuple(idx.shape)}, got {_describe(targets)}"
             )
         if not return_logits:
             loss = functional.linear_cross_entropy(
-                hidden, self.transformer.wte.weight, targets, vocab_size=self.config.vocab_size
+                hidden, table, targets, vocab_size=self.config.vocab_size
             )
             return None, loss
-        logits = self.head(hidden)
+        logits = self.head(hidden, table)
         return logits, functional.cross_entropy(logits, targets)
 
     def new_cache(self, batch_size: int) -> KVCache:

@@ -397,6 +397,46 @@ def test_unknown_name() -> None:
         GPTConfig.from_name("gpt3")
 
 
+def test_tied_gradient(backend: str) -> None:
+    """One dense gradient of embedding and head, also of either alone and over a retained graph."""
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=30, block_size=16)
+    model = GPT(config)
+    weight = model.transformer.wte.weight
+    idx = torch.randint(30, (2, 9))
+    with gpt2fast.use_backend(backend):
+        # As PyTorch sums the parts of a parameter that is used twice.
+        hidden = model.hidden(idx)
+        loss = gpt2fast.functional.linear_cross_entropy(hidden, weight, idx, vocab_size=30)
+        loss.backward()
+        expected, weight.grad = weight.grad, None
+
+        loss = model(idx, idx)[1]
+        loss.backward(retain_graph=True)
+        assert not weight.grad.is_sparse
+        assert torch.equal(weight.grad, expected)
+        loss.backward()
+        assert torch.equal(weight.grad, 2 * expected)
+
+        weight.grad = None
+        logits = model(idx)
+        gpt2fast.functional.cross_entropy(logits, idx).backward()
+        torch.testing.assert_close(weight.grad, expected)
+
+        # The embedding alone: a loss that the head is no part of.
+        weight.grad = None
+        rows, _ = model._tables()
+        model.transformer(idx, None, None, rows).sum().backward()
+        assert not weight.grad.is_sparse
+        found, weight.grad = weight.grad, None
+        model.hidden(idx).sum().backward()
+        assert torch.equal(found, weight.grad)
+
+        weight.requires_grad_(False).grad = None
+        model(idx, idx)[1].backward()
+        assert weight.grad is None
+        assert model.transformer.wpe.weight.grad is not None
+
+
 def test_gradient_checkpointing_changes_no_bit() -> None:
     """Blocks are computed twice, with the same dropout."""
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=30, block_size=8, dropout=0.2))

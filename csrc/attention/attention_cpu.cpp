@@ -478,15 +478,31 @@ void attention_forward(uintptr_t q, i64 q_b, i64 q_t, i64 q_h, uintptr_t k, i64 
 
 // ---- backward --------------------------------------------------------------------------------------
 
+// What the key blocks of a head add to, and its units after them. The rows of dS sum to 0 but for the rounding of delta,
+// which dq would multiply by what keys have in common: `excess` is that sum for each query, `keys` the sum of P k over
+// each block of queries, and dq loses excess times the mean of P k over the block.
+struct QueryGradient {
+  float *dq, *excess, *keys;
+  i64 floats;
+  QueryGradient(float* base, i64 queries, i64 size) {
+    const i64 width = up(size, NR), rows = up(queries, MR);
+    Arena arena{base};
+    dq = arena.take(rows * width);
+    excess = arena.take(rows);
+    keys = arena.take((queries + BQ - 1) / BQ * width);
+    floats = arena.next - base;
+  }
+};
+
 struct BackwardSpace {
-  float *q, *dout, *dq, *delta, *k, *k_across, *v_across, *dk, *dv, *p, *ds;
+  float *q, *dout, *gradient, *delta, *k, *k_across, *v_across, *dk, *dv, *p, *ds, *weights;
   i64 floats;
   BackwardSpace(float* base, i64 queries, i64 size) {
     const i64 width = up(size, NR), rows = up(queries, MR);
     Arena arena{base};
     q = arena.take(rows * width);
     dout = arena.take(rows * width);
-    dq = arena.take(rows * width);
+    gradient = arena.take(QueryGradient(nullptr, queries, size).floats);
     delta = arena.take(rows);
     k = arena.take(BK * width);
     k_across = arena.take(BK * size);
@@ -495,6 +511,7 @@ struct BackwardSpace {
     dv = arena.take(BK * width);
     p = arena.take(BQ * BK);
     ds = arena.take(BQ * BK);
+    weights = arena.take(BK);
     floats = arena.next - base + 16;
   }
 };
@@ -507,52 +524,54 @@ static i64 head_splits(i64 heads, i64 keys, int threads) {
 
 i64 attention_backward_workspace(i64 heads, i64 queries, i64 keys, i64 size, int threads) {
   const i64 splits = head_splits(heads, keys, threads);
-  const i64 parts = splits > 1 ? heads * splits * up(queries, MR) * up(size, NR) : 0;
+  const i64 parts = splits > 1 ? heads * splits * QueryGradient(nullptr, queries, size).floats : 0;
   return threads * BackwardSpace(nullptr, queries, size).floats + parts;
 }
 
-// One row: scores become (dropped) P, dp becomes dS; both are 0 past the n visible keys up to `end`.
+// One row: scores become (dropped) P, dp becomes dS; both are 0 past the n visible keys up to `end`. Adds P to `weights`
+// and returns the sum of dS.
 //
 // dP - delta cancels where few keys have weight. If all keys of the row are here (`whole`), delta is taken as
 // sum(P dP), so that the rounding of dP cancels too; rowsum(dout out) is for longer rows only. There P = 1 means
 // that the other keys weigh less than rounding does, and dS is 0. A whole row is also normalised anew: its scores
 // may differ in bits from those of the forward's direct path.
 template <bool DROP>
-GPT2FAST_INLINE void backward_row(float* p, float* dp, i64 n, i64 end, float lse, float rest, float delta, bool whole,
-                                  float keep, const RowDropout& dropout, i64 j) {
+GPT2FAST_INLINE float backward_row(float* p, float* dp, float* weights, i64 n, i64 end, float lse, float rest,
+                                   float delta, bool whole, float keep, const RowDropout& dropout, i64 j) {
   const i64 full = n / VL * VL;
+  vf excess = {};
   const vi inside = (vi)(lane_index() < int32_t(n - full));
   if (whole) {
-    vf products = {}, weights = {};
+    vf products = {}, total = {};
     const auto step = [&](i64 c, bool partial) {
       vf x = exp_below((load(p + c) - lse) - rest), d = load(dp + c);
       if (DROP) d = select(dropout.keep(j + c), d * keep, vf{});
       if (partial) x = select(inside, x, vf{}), d = select(inside, d, vf{});
       products += x * d;
-      weights += x;
+      total += x;
       store(p + c, x);
       store(dp + c, d);
     };
     for (i64 c = 0; c < full; c += VL) step(c, false);
     if (full < n) step(full, true);
-    const float weight = lanes_sum(weights), sum = lanes_sum(products) / weight;
+    const float weight = lanes_sum(total), sum = lanes_sum(products) / weight;
     for (i64 c = 0; c < n; c += VL) {
-      const vf x = load(p + c) / weight;
-      store(dp + c, n == 1 ? vf{} : x * (load(dp + c) - sum));
+      const vf x = load(p + c) / weight, s = n == 1 ? vf{} : x * (load(dp + c) - sum);
+      excess += s;
+      store(weights + c, load(weights + c) + x);
+      store(dp + c, s);
       store(p + c, DROP ? select(dropout.keep(j + c), x, vf{}) : x);
     }
   } else {
     const auto step = [&](i64 c, bool partial) {
-      const vf x = exp_below((load(p + c) - lse) - rest);
-      vf d = load(dp + c), dropped = x;
-      if (DROP) {
-        const vi kept = dropout.keep(j + c);
-        dropped = select(kept, x, vf{});
-        d = select(kept, d * keep, vf{});
-      }
-      vf s = select(x == 1.0f, vf{}, x * (d - delta));
-      if (partial) dropped = select(inside, dropped, vf{}), s = select(inside, s, vf{});
-      store(p + c, dropped);
+      vf x = exp_below((load(p + c) - lse) - rest), d = load(dp + c);
+      if (partial) x = select(inside, x, vf{}), d = select(inside, d, vf{});
+      const vi kept = DROP ? dropout.keep(j + c) : vi{};
+      if (DROP) d = select(kept, d * keep, vf{});
+      const vf s = select(x == 1.0f, vf{}, x * (d - delta));
+      excess += s;
+      store(weights + c, load(weights + c) + x);
+      store(p + c, DROP ? select(kept, x, vf{}) : x);
       store(dp + c, s);
     };
     for (i64 c = 0; c < full; c += VL) step(c, false);
@@ -563,13 +582,14 @@ GPT2FAST_INLINE void backward_row(float* p, float* dp, i64 n, i64 end, float lse
     zero(p + c, end - c);
     zero(dp + c, end - c);
   }
+  return lanes_sum(excess);
 }
 
 template <bool DROP>
-static void backward_block(const Shape& shape, const BackwardSpace& space, const float* lse,
-                           const float* rests, i64 j0, const Dropout& dropout) {
+static void backward_block(const Shape& shape, const BackwardSpace& space, const QueryGradient& gradient,
+                           const float* lse, const float* rests, i64 j0, const Dropout& dropout) {
   const i64 size = shape.size, width = shape.width(), count = smaller(BK, shape.keys - j0);
-  const i64 begin = clamp(j0 - shape.diagonal, 0, shape.queries) / MR * MR;  // the first query that sees key j0
+  const i64 begin = clamp(j0 - shape.diagonal, 0, shape.queries) / BQ * BQ;  // before the first query that sees j0
   zero(space.dk, up(count, MR) * width);
   zero(space.dv, up(count, MR) * width);
   for (i64 i0 = begin; i0 < shape.queries; i0 += BQ) {
@@ -582,12 +602,19 @@ static void backward_block(const Shape& shape, const BackwardSpace& space, const
           short_sums_tile(size, q + r * width, width, space.k_across + c * size, space.p + r * BK + c, BK);
           short_sums_tile(size, dout + r * width, width, space.v_across + c * size, space.ds + r * BK + c, BK);
         }
+    zero(space.weights, BK);
     for (i64 r = 0; r < padded; ++r) {
       const bool real = r < rows;
-      backward_row<DROP>(space.p + r * BK, space.ds + r * BK, real ? seen(r) : 0, up(end, MR), real ? lse[i0 + r] : 0.0f,
-                         real ? rests[i0 + r] : 0.0f,
-                         real ? space.delta[i0 + r] : 0.0f, j0 == 0 && shape.visible(i0 + (real ? r : 0)) <= BK, dropout.keep,
-                         RowDropout(dropout, i0 + r), j0);
+      gradient.excess[i0 + r] += backward_row<DROP>(
+          space.p + r * BK, space.ds + r * BK, space.weights, real ? seen(r) : 0, up(end, MR),
+          real ? lse[i0 + r] : 0.0f, real ? rests[i0 + r] : 0.0f, real ? space.delta[i0 + r] : 0.0f,
+          j0 == 0 && shape.visible(i0 + (real ? r : 0)) <= BK, dropout.keep, RowDropout(dropout, i0 + r), j0);
+    }
+    float* keys = gradient.keys + i0 / BQ * width;
+    for (i64 c = 0; c < width; c += VL) {
+      vf sum = {};
+      for (i64 j = 0; j < count; ++j) sum += space.weights[j] * load(space.k + j * width + c);
+      store(keys + c, load(keys + c) + sum);
     }
     for (i64 c = 0; c < width; c += NR)
       for (i64 m = 0; m < count; m += MR) {
@@ -602,9 +629,27 @@ static void backward_block(const Shape& shape, const BackwardSpace& space, const
       for (i64 r = 0; r < padded; r += MR) {
         const i64 depth = seen(r + MR - 1);
         if (depth)
-          tile<false, true>(depth, space.ds + r * BK, BK, space.k + c, width, space.dq + (i0 + r) * width + c, width,
+          tile<false, true>(depth, space.ds + r * BK, BK, space.k + c, width, gradient.dq + (i0 + r) * width + c, width,
                             nullptr);
       }
+  }
+}
+
+// dq without its excess, to `to`. A block in which a key is not finite is left as it is.
+template <class T>
+static void store_dq(const Shape& shape, const QueryGradient& gradient, T* to, i64 stride) {
+  const i64 width = shape.width();
+  for (i64 i = 0; i < shape.queries; ++i) {
+    const i64 i0 = i / BQ * BQ, last = smaller(i0 + BQ, shape.queries) - 1;
+    const i64 seeing = last - clamp(-shape.diagonal, i0, last + 1) + 1;  // queries of the block that see a key
+    const float* keys = gradient.keys + i / BQ * width;
+    float* row = gradient.dq + i * width;
+    const float excess = seeing > 0 ? gradient.excess[i] / seeing : 0.0f;
+    for (i64 c = 0; c < width; c += VL) {
+      const vf part = load(keys + c) * excess;
+      store(row + c, load(row + c) - select(part - part == 0.0f, part, vf{}));
+    }
+    store_rows(row, width, 1, shape.size, shape.scale, to + i * stride, stride);
   }
 }
 
@@ -625,6 +670,7 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
   const i64 all_heads = shape.batch * shape.heads, blocks = (keys + BK - 1) / BK;
   const i64 splits = head_splits(all_heads, keys, threads), rows = up(queries, MR);
   const i64 floats = BackwardSpace(nullptr, queries, size).floats;
+  const i64 part = QueryGradient(nullptr, queries, size).floats;
   float* parts = workspace + threads * floats;
   const int shares = share_limit(double(all_heads) * keys * queries * size, UNIT_WORK, threads);
   parallel_shares(all_heads * splits, 1, shares, [&](int share, i64 begin, i64 end) {
@@ -633,8 +679,8 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 head = unit / splits, b = head / shape.heads, h = head % shape.heads;
       const Dropout drop = head_dropout(dropout, seed, shape.first_batch + b, h);
-      if (splits > 1) space.dq = parts + unit * rows * width;
-      zero(space.dq, rows * width);
+      const QueryGradient gradient(splits > 1 ? parts + unit * part : space.gradient, queries, size);
+      zero(gradient.dq, part);
       if (head != packed) {
         pack_rows(q + b * qs.b + h * qs.h, qs.t, queries, size, shape.scale, space.q, width, rows);
         pack_rows(dout + b * dos.b + h * dos.h, dos.t, queries, size, 1.0f, space.dout, width, rows);
@@ -648,23 +694,21 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
         pack_transposed(kh, ks.t, count, size, space.k_across);
         pack_transposed(vh, vs.t, count, size, space.v_across);
         const auto run = dropout > 0 ? backward_block<true> : backward_block<false>;
-        run(shape, space, lse + head * queries, lse + (all_heads + head) * queries, j0, drop);
+        run(shape, space, gradient, lse + head * queries, lse + (all_heads + head) * queries, j0, drop);
         store_rows(space.dk, width, count, size, 1.0f, dk + b * dks.b + h * dks.h + j0 * dks.t, dks.t);
         store_rows(space.dv, width, count, size, drop.keep, dv + b * dvs.b + h * dvs.h + j0 * dvs.t, dvs.t);
       }
-      if (splits == 1)
-        store_rows(space.dq, width, queries, size, shape.scale, dq + b * dqs.b + h * dqs.h, dqs.t);
+      if (splits == 1) store_dq(shape, gradient, dq + b * dqs.b + h * dqs.h, dqs.t);
     }
   });
   if (splits == 1) return;
   parallel_shares(all_heads, 1, shares, [&](int, i64 begin, i64 end) {
     for (i64 head = begin; head < end; ++head) {
-      float* first = parts + head * splits * rows * width;
+      float* first = parts + head * splits * part;
       for (i64 s = 1; s < splits; ++s)
-        for (i64 c = 0; c < rows * width; c += VL)
-          store(first + c, load(first + c) + load(first + s * rows * width + c));
+        for (i64 c = 0; c < part; c += VL) store(first + c, load(first + c) + load(first + s * part + c));
       const i64 b = head / shape.heads, h = head % shape.heads;
-      store_rows(first, width, queries, size, shape.scale, dq + b * dqs.b + h * dqs.h, dqs.t);
+      store_dq(shape, QueryGradient(first, queries, size), dq + b * dqs.b + h * dqs.h, dqs.t);
     }
   });
 }

@@ -64,16 +64,19 @@ _profiler_enabled = torch.autograd._profiler_enabled
 PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 
 
-def is_plain(*arguments: Any) -> bool:
-    """Whether nobody watches, traces or transforms what is done with an op's arguments."""
+def is_eager(*arguments: Any) -> bool:
+    """Whether nobody traces or transforms what is done with an op's arguments."""
     return (
         not torch.compiler.is_compiling()
         and PLAIN_TYPES.issuperset(map(type, arguments))
         and not _transforms_active()
         and not _dispatch_modes()
-        and not _autocast_enabled()
-        and not _profiler_enabled()
     )
+
+
+def is_plain(*arguments: Any) -> bool:
+    """Whether nobody watches, traces or transforms what is done with an op's arguments."""
+    return is_eager(*arguments) and not _autocast_enabled() and not _profiler_enabled()
 
 
 def empty_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -124,27 +124,34 @@ def test_one_key_takes_all(backend: str, length: int) -> None:
     check(inputs, False, backend=backend)
 
 
+def with_common_offset(backend: str) -> list[str]:
+    """The gradients that hold the rule where all keys share a large offset.
+
+    dq is sum(dS k) with sum(dS) = 0, so the offset multiplies nothing but rounding, and delta =
+    rowsum(dout out) rounds more than the reference's sum(P dP). The C++ kernel takes it out again;
+    those of GPUs miss the rule for dq by 2 to 4 times (benchmarks/NOTES.md).
+    """
+    return ["q", "k", "v"] if backend == "cpu" else ["k", "v"]
+
+
 @pytest.mark.parametrize("length", [50, 200])
 def test_huge_scores(backend: str, length: int) -> None:
     inputs = qkv_inputs(1, length, length, 2, 64)
     inputs["q"] *= 1e4  # scores about 1e4
     check(inputs, True, backend=backend)
-    # Nearly equal scores of 3200, far above exp's range; dq has no size but rounding's (see below).
+    # Nearly equal scores of 3200, far above exp's range; dq has no size but rounding's.
     inputs["q"] = torch.full_like(inputs["q"], 20.0)
     inputs["k"] = 20 + 0.01 * torch.randn_like(inputs["k"])
-    check(inputs, True, wanted=["k", "v"], backend=backend)
+    check(inputs, True, wanted=with_common_offset(backend), backend=backend)
 
 
 def test_scores_all_very_negative_or_rising(backend: str) -> None:
-    """The running maximum starts low and is replaced in every block.
-
-    dq is left out: it is sum(dS k) with sum(dS) = 0, so the common offset of k multiplies nothing
-    but rounding, and delta = rowsum(dout out) rounds more than the reference's sum(P dP).
-    """
-    inputs = qkv_inputs(1, 40, 400, 1, 16)
-    inputs["q"] = torch.ones(1, 40, 1, 16)
-    inputs["k"] = torch.linspace(-30, 5, 400).view(1, 400, 1, 1).expand(1, 400, 1, 16) + 0.0
-    check(inputs, True, wanted=["k", "v"], backend=backend)
+    """The running maximum starts low and is replaced in every block."""
+    for queries in (40,) if is_slow(backend) else (40, 300):
+        inputs = qkv_inputs(1, queries, 400, 1, 16)
+        inputs["q"] = torch.ones(1, queries, 1, 16)
+        inputs["k"] = torch.linspace(-30, 5, 400).view(1, 400, 1, 1).expand(1, 400, 1, 16) + 0.0
+        check(inputs, True, wanted=with_common_offset(backend), backend=backend)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, -0.2, 0.0])

@@ -208,6 +208,27 @@ def test_deterministic(backend: str) -> None:
     assert_deterministic(run)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 21), (0, 5), (3, 0)])
+def test_sparse_gradient(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The rows of the dense one, each once and in order; nothing for tokens that are not there."""
+    with device_of(backend):
+        given, dy = inputs(*shape, width=80, positions=30), torch.randn(*shape, 80)
+    gradients = {}
+    for sparse in (False, True):
+        leaves = [given[n].to(dtype).requires_grad_() for n in ("wte", "wpe")]
+        with gpt2fast.use_backend(backend):
+            out = embedding(given["idx"], *leaves, sparse=sparse)
+        gradients[sparse] = torch.autograd.grad(out, leaves, dy.to(dtype))
+    (dense, dwpe), (found, other) = gradients[False], gradients[True]
+    assert found.is_sparse
+    assert found.is_coalesced()
+    assert found.shape == dense.shape
+    assert torch.equal(found.indices()[0], given["idx"].unique())
+    assert torch.equal(found.to_dense(), dense)
+    assert torch.equal(other, dwpe)
+
+
 def test_gradient_accumulation_over_two_backwards(backend: str) -> None:
     """PyTorch may take our gradient as .grad and add the next one in place: memory must be ours."""
     with device_of(backend):

@@ -66,17 +66,26 @@ embedding_backward = register(
 class Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, idx: Tensor, wte: Tensor, wpe: Tensor, position: int, backend: str
+        ctx: Any, idx: Tensor, wte: Tensor, wpe: Tensor, position: int, sparse: bool, backend: str
     ) -> Tensor:
         ctx.save_for_backward(idx)
-        ctx.sizes = wte.shape[0], wpe.shape[0], position
-        ctx.backend = backend
+        ctx.vocabulary, ctx.places = wte.shape[0], (wpe.shape[0], position)
+        ctx.sparse, ctx.backend = sparse, backend
         return call(embedding_forward, idx, wte, wpe, position, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (idx,) = ctx.saved_tensors
-        need_wte, need_wpe = ctx.needs_input_grad[1:3]
-        dwte, dwpe = call(embedding_backward, dy, idx, *ctx.sizes, need_wte, need_wpe, ctx.backend)
-        return None, dwte, dwpe, None, None
+        needs, vocabulary = ctx.needs_input_grad[1:3], ctx.vocabulary
+        sparse = ctx.sparse and needs[0]
+        if sparse:  # the gradient of a table of the rows in use
+            tokens, idx = torch.unique(idx, return_inverse=True)
+            vocabulary = tokens.numel()
+        dwte, dwpe = call(embedding_backward, dy, idx, vocabulary, *ctx.places, *needs, ctx.backend)
+        if sparse:
+            shape = (ctx.vocabulary, dy.shape[2])
+            dwte = torch.sparse_coo_tensor(
+                tokens[None], dwte, shape, check_invariants=False, is_coalesced=True
+            )
+        return None, dwte, dwpe, None, None, None

@@ -14,7 +14,9 @@ from gpt2fast.ops.embedding import autograd, reference
 from gpt2fast.ops.registry import apply
 
 
-def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tensor:
+def embedding(
+    idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0, sparse: bool = False
+) -> Tensor:
     """Token and position embedding: out[b, t] = wte[idx[b, t]] + wpe[position + t].
 
     Args:
@@ -22,9 +24,12 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tenso
         wte: (V, C), float32, bfloat16 or float16: the tokens' table.
         wpe: (P, C), of wte's dtype: the positions' table.
         position: the position of idx[:, 0], for decoding with a cache; position + T <= P.
+        sparse: wte's gradient is a sparse COO tensor, as `torch.nn.functional.embedding` has it;
+            on a GPU that waits for the device.
 
     Returns:
-        (B, T, C) of wte's dtype. Gradients are dense, deterministic and summed in fp32.
+        (B, T, C) of wte's dtype. Gradients are deterministic and summed in fp32; dense, unless
+        `sparse` is set.
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
@@ -45,8 +50,8 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, position: int = 0) -> Tenso
         )
     backend = choose(wte, "embedding")
     if backend == "reference":
-        return reference.embedding(idx, wte, wpe, position)
-    return apply(autograd.Embedding, idx, wte, wpe, position, backend)
+        return reference.embedding(idx, wte, wpe, position, sparse)
+    return apply(autograd.Embedding, idx, wte, wpe, position, sparse, backend)
 
 
 def _check(idx: Tensor, wte: Tensor, wpe: Tensor) -> None:
