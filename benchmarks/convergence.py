@@ -14,7 +14,6 @@ import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,28 +89,57 @@ def distances(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
+#: Of the runs of one precision: colour and label.
+STYLES = {
+    "reference": ("#7f7f7f", "plain PyTorch"),
+    "reference, reversed": ("#bcbd22", "plain PyTorch, batch in reverse"),
+    "gpt2fast": ("#d62728", "gpt2fast"),
+}
+#: Steps over which the lines of distances are averaged, so that they can be told apart.
+WINDOW = 15
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Geometric means over a window around each step."""
+    logs = torch.tensor(values, dtype=torch.float64).clamp(min=1e-12).log()
+    parts = (logs[max(0, i - WINDOW // 2) : i + WINDOW // 2 + 1] for i in range(len(logs)))
+    return [part.mean().exp().item() for part in parts]
+
+
 def plot(found: dict[str, list[float]], path: Path, title: str) -> None:
-    """Both precisions' curves, and below how far they are from fp64."""
+    """A column a precision: the curves, and below how far each is from fp64."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(8, 7), sharex=True, constrained_layout=True
+    figure, axes = plt.subplots(
+        2, 2, figsize=(10, 6.5), sharex=True, sharey="row", constrained_layout=True
     )
     truth = found["fp64 reference"]
-    for name, losses in found.items():
-        style: dict[str, Any] = {"linewidth": 0.9, "label": name}
-        above.plot(losses, **style)
-        if losses is not truth:
-            below.semilogy([abs(a - b) for a, b in zip(losses, truth, strict=True)], **style)
-    above.set_ylabel("loss")
-    above.legend(fontsize=7)
-    below.set_ylabel("distance from the fp64 reference")
-    below.set_xlabel("step")
-    figure.suptitle(title, fontsize=8)
-    figure.savefig(path, dpi=130)
+    bound = {p: 2 * pair["reference"] for p, pair in distances(found).items()}
+    for (above, below), precision in zip(axes.T, bound, strict=True):
+        above.plot(truth, color="black", linewidth=2.5, alpha=0.35, label="plain PyTorch in fp64")
+        for run, (color, label) in STYLES.items():
+            losses = found[f"{precision} {run}"]
+            apart = [abs(a - b) for a, b in zip(losses, truth, strict=True)]
+            dashes = "--" if run == "gpt2fast" else "-"
+            above.plot(losses, dashes, color=color, linewidth=1, label=label)
+            mean = sum(apart) / len(apart)
+            below.semilogy(smooth(apart), color=color, linewidth=1.4, label=f"{label}: {mean:.1e}")
+        below.axhline(bound[precision], color="black", linestyle=":", label="bound of the mean")
+        above.set_title("fp32" if precision == "fp32" else "bf16 autocast", fontsize=10)
+        above.legend(fontsize=8, frameon=False)
+        below.legend(fontsize=8, frameon=False, title="mean over all steps", title_fontsize=8)
+        below.set_xlabel("step")
+        for axis in (above, below):
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylabel("distance from the fp64 curve")
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
