@@ -1,10 +1,10 @@
 """Loss curves of our kernels beside plain PyTorch's, from the same weights on the same text.
 
-    python -m benchmarks.convergence --out benchmarks/results/convergence
+    python -m benchmarks.convergence --out benchmarks/results/convergence/NAME
 
-writes .json and .png. The truth here is the reference in fp64; in fp32 and in bf16 autocast run the
-reference and our kernels. The yardstick is measured: our curve may be from the truth at
-most twice as far as the reference of the same precision is, or as a second reference run is whose
+writes NAME.json and NAME.png. The truth here is the reference in fp64; in fp32 and in bf16 autocast
+run the reference and our kernels. The yardstick is measured: our curve may be from the truth at most
+twice as far as the reference of the same precision is, or as a second reference run is whose
 sequences lie in another order in the batch, and so rounds differently.
 """
 
@@ -43,7 +43,8 @@ def curve(start: GPT, run: str, batches: list[Tensor], lr: float) -> list[float]
     """The loss of every step of one run from the weights of `start`."""
     dtype, half, backend, reverse = RUNS[run]
     model = copy.deepcopy(start).to(dtype).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **options)
     losses = []
     with gpt2fast.use_backend(backend):
         for tokens in batches:
@@ -158,7 +159,7 @@ def main() -> None:
     name = "Python's library" if text is None else text.name
     title = (
         f"{options['layers']} layers, width {options['width']}, {options['batch']} x"
-        f" {options['length']} bytes of {name}, torch {torch.__version__}"
+        f" {options['length']} bytes of {name} a step, AdamW, torch {torch.__version__}"
     )
     whole = {"setting": title, "options": options, "distances": far, "losses": found}
     out.parent.mkdir(parents=True, exist_ok=True)
