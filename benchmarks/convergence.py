@@ -43,8 +43,9 @@ def curve(start: GPT, run: str, batches: list[Tensor], lr: float) -> list[float]
     """The loss of every step of one run from the weights of `start`."""
     dtype, half, backend, reverse = RUNS[run]
     model = copy.deepcopy(start).to(dtype).train()
-    options = {"betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **options)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     losses = []
     with gpt2fast.use_backend(backend):
         for tokens in batches:

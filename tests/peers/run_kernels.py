@@ -4,17 +4,18 @@
 
 CHECKOUT is a clone of the package's repository; the package is not installed, nothing is copied here.
 Its tests are written for a GPU: without one, what they make "on cuda" is made on the CPU. The names
-are replaced by ours before a test file is imported. `--each N` takes N variants of every test function
-at most, drawn evenly, since some have tens of thousands, and `--largest N` none with a number above N. A
-refusal ("is not supported by gpt2fast's ...") counts as skipped with its reason; everything else that is
-not right is a failure. Torch's losses and norms, which tests compare with, are taken in fp64 on a CPU.
+are replaced by ours before a test file is imported. `--each N` takes N variants of every test
+function at most, drawn evenly, since some have tens of thousands, and `--largest N` none with a
+number above N. A refusal ("is not supported by gpt2fast's ...") counts as skipped with its reason;
+everything else that is not right is a failure. Torch's losses and norms, which tests compare with,
+are taken in fp64 on a CPU.
 
 Seen on 22 November 2026 on a CPU: cut-cross-entropy at d42911f, 60 variants a function: 23
-passed, 100 refused (bias, softcap, return_lse), none failed. Liger-Kernel at ead96b61: fp32 layer norm
-passed. Its cross-entropy tests failed for two reasons: our loss of bf16 logits was fp32 where Liger's
-is bf16 (mended), and torch's own gradients on a CPU, the yardstick then, leave Liger's tolerance
-around fp64 at up to 3 million elements, ours at none. At 8192 x 32000 they need 10 GB and more. They and
-flash-attn's have not been run through since.
+passed, 100 refused (bias, softcap, return_lse), none failed. Liger-Kernel at ead96b61: fp32 layer
+norm passed. Its cross-entropy tests failed for two reasons: our loss of bf16 logits was fp32 where
+Liger's is bf16 (mended), and torch's own gradients on a CPU, the yardstick then, leave Liger's
+tolerance around fp64 at up to 3 million elements, ours at none. At 8192 x 32000 they need 10 GB and
+more. They and flash-attn's have not been run through since.
 """
 
 import importlib
