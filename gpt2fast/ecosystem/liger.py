@@ -81,6 +81,9 @@ class LigerLayerNorm(nn.Module):
 class CrossEntropyOutput(NamedTuple):
     """What the losses give for return_z_loss.
 
+    Attributes:
+        loss, z_loss: scalar, or (N,) for reduction "none"; of the dtype that the function names.
+
     >>> logits, target = torch.zeros(2, 4), torch.tensor([0, 3])
     >>> liger_cross_entropy(logits, target, lse_square_scale=1.0, return_z_loss=True).z_loss
     tensor(1.9218)
