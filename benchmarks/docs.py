@@ -25,10 +25,12 @@ RESULTS = Path(__file__).parent / "results"
 #: By backend, what it is and the sources that may hold its kernels.
 SOURCES = {
     "reference": ("plain PyTorch, the specification", "gpt2fast/ops/{0}/reference.py"),
-    "cpu": ("C++ for the CPU", "gpt2fast/ops/{0}/cpu.py", "csrc/{0}/{0}_cpu.cpp"),
+    "cpu": ("C++ for the CPU", "gpt2fast/ops/{0}/cpu.py", "csrc/{0}/*_cpu.cpp"),
     "triton": ("Triton for NVIDIA GPUs", "gpt2fast/ops/{0}/triton.py"),
     "cuda": ("CUDA C++ for NVIDIA GPUs", "gpt2fast/ops/{0}/cuda.py", "csrc/{0}/{0}*.cu"),
 }
+#: The ops that have a page; `linear` has kernels for the CPU only.
+OPS = (*backends.OPS, "linear")
 #: What a page says of an op, in this order.
 SECTIONS = ("Functions", "Reference", "Backends", "Kernels", "Bytes and FLOPs", "Measured speed")
 
@@ -98,7 +100,7 @@ def head_comment(path: Path) -> str:
 
 def room(benchmark: str) -> str | None:
     """The op that a benchmark is about, None for one about a whole model."""
-    ops = sorted(backends.OPS, key=len, reverse=True)  # gelu_mlp before gelu
+    ops = sorted(OPS, key=len, reverse=True)  # gelu_mlp before gelu
     return next((op for op in ops if op in benchmark), None)
 
 
@@ -174,7 +176,7 @@ def pages() -> Iterator[tuple[str, str]]:
         *(f"- [{title}]({name})" for name, title in titles.items()),
         *(["- [Loss curves against plain PyTorch](convergence.md)"] if drawn else []),
         "\n## Operations\n",
-        *(f"- [{op}]({op}.md): {summary(op)}" for op in backends.OPS),
+        *(f"- [{op}]({op}.md): {summary(op)}" for op in OPS),
         "\n## Whole models\n",
         speed_text(None),
     ]
@@ -183,7 +185,7 @@ def pages() -> Iterator[tuple[str, str]]:
         yield path.name, path.read_text()
     if drawn:
         yield "convergence.md", convergence_text(drawn)
-    for op in backends.OPS:
+    for op in OPS:
         yield f"{op}.md", page(op)
 
 

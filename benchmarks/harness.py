@@ -232,7 +232,7 @@ def _leaves(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _once(case: Case, variant: str, upstream: Sequence[Tensor]) -> tuple[float, float]:
+def once(case: Case, variant: str, upstream: Sequence[Tensor]) -> tuple[float, float]:
     """Seconds of one forward and one backward; results are dropped outside the timed part."""
     leaves = _leaves(case.inputs)
     clock = Clock()
@@ -289,8 +289,8 @@ def measure(case: Case) -> dict[str, Measured]:
     del probe
     peaks = {}
     for name in case.variants:
-        _once(case, name, upstream)
-        peaks[name] = peak_memory(lambda name=name: _once(case, name, upstream))  # type: ignore[misc]
+        once(case, name, upstream)
+        peaks[name] = peak_memory(lambda name=name: once(case, name, upstream))  # type: ignore[misc]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in case.variants}
     bandwidths, rates = [], []
     ceilings()
@@ -302,7 +302,7 @@ def measure(case: Case) -> dict[str, Measured]:
         bandwidths.append(bandwidth)
         rates.append(rate)
         for name in case.variants:
-            times[name].append(_once(case, name, upstream))
+            times[name].append(once(case, name, upstream))
     medians = statistics.median(bandwidths), statistics.median(rates)
     case = dataclasses.replace(case, inputs={}, variants={})  # gigabytes that nobody needs any more
     return {

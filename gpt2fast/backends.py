@@ -75,6 +75,20 @@ def _why_not_built(part: str) -> str:
     )
 
 
+def cpu_extension() -> Any:
+    """The extension module of the C++ kernels, with one submodule for each instruction set.
+
+    Raises:
+        BackendUnavailable: it was not built or does not load.
+    """
+    try:
+        return importlib.import_module("gpt2fast._cpu")
+    except ImportError as error:
+        built = build_info()["parts"].get("cpu", {}).get("built", False)
+        why = f"it was built but does not load: {error}" if built else _why_not_built("cpu")
+        raise BackendUnavailable(f"the C++ kernels are not there: {why}") from error
+
+
 @functools.cache
 def cpu_kernels() -> Any:
     """The C++ kernels of the best instruction set here, or of ``GPT2FAST_CPU_ISA``.
@@ -82,12 +96,7 @@ def cpu_kernels() -> Any:
     Raises:
         BackendUnavailable: the extension was not built or this CPU lacks the instruction set.
     """
-    try:
-        extension = importlib.import_module("gpt2fast._cpu")
-    except ImportError as error:
-        built = build_info()["parts"].get("cpu", {}).get("built", False)
-        why = f"it was built but does not load: {error}" if built else _why_not_built("cpu")
-        raise BackendUnavailable(f"the C++ kernels are not there: {why}") from error
+    extension = cpu_extension()
     isa = os.environ.get("GPT2FAST_CPU_ISA") or extension.runnable[-1]
     if isa not in extension.runnable:
         raise BackendUnavailable(

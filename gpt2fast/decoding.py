@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gpt2fast import backends, functional
 from gpt2fast.model import GPT, KVCache, Layer, Transformer
-from gpt2fast.nn import MLP, CausalSelfAttention, LayerNorm
+from gpt2fast.nn import MLP, CausalSelfAttention, LayerNorm, Linear
 from gpt2fast.ops.registry import pointer
 
 __all__ = ["WEIGHTS", "Decoder", "PackedWeight", "Weights", "pack", "suits"]
@@ -28,7 +28,7 @@ ROWS: Final = 64
 
 _PLAIN: Final = (
     GPT, Transformer, Layer, CausalSelfAttention, MLP, LayerNorm,
-    nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList,
+    Linear, nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList,
 )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def pack(weight: Tensor, weights: Weights) -> PackedWeight:
     weight = weight.detach().float()
     scale = weight.abs().amax(1) / 127
     inverse = torch.where(scale > 0, scale, 1.0)
-    data = (weight / inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    data = (weight / inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8).contiguous()
     return PackedWeight(data, scale)
 
 

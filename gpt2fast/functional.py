@@ -12,6 +12,7 @@ from gpt2fast.ops.embedding.functional import embedding
 from gpt2fast.ops.gelu.functional import gelu
 from gpt2fast.ops.gelu_mlp.functional import gelu_mlp
 from gpt2fast.ops.layer_norm.functional import add_layer_norm, layer_norm
+from gpt2fast.ops.linear.functional import linear
 from gpt2fast.ops.linear_cross_entropy.functional import linear_cross_entropy
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "gelu_mlp",
     "global_norm",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "scaled_dot_product_attention",
 ]

@@ -1,8 +1,8 @@
 """Modules on the fast functions: drop-ins with the constructor and state_dict of what they replace.
 
-`LayerNorm`, `GELU` and `CrossEntropyLoss` stand in for torch.nn's; `CausalSelfAttention`, `MLP` and
-`Block` for those of nanoGPT-style scripts, whose config object they read (n_embd, n_head, dropout,
-and bias, True where missing).
+`Linear`, `LayerNorm`, `GELU` and `CrossEntropyLoss` stand in for torch.nn's; `CausalSelfAttention`,
+`MLP` and `Block` for those of nanoGPT-style scripts, whose config object they read (n_embd, n_head,
+dropout, and bias, True where missing).
 """
 
 from collections.abc import Callable
@@ -13,7 +13,21 @@ from torch import Tensor, nn
 
 from gpt2fast import functional
 
-__all__ = ["GELU", "MLP", "Block", "CausalSelfAttention", "CrossEntropyLoss", "LayerNorm"]
+__all__ = ["GELU", "MLP", "Block", "CausalSelfAttention", "CrossEntropyLoss", "LayerNorm", "Linear"]
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear, on :func:`gpt2fast.functional.linear`.
+
+    The input is (..., C) of the weight's dtype, or under autocast of any; the output (..., D).
+
+    >>> gpt2fast.nn.Linear(3, 4)(torch.randn(2, 5, 3)).shape
+    torch.Size([2, 5, 4])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., C) -> (..., D)."""
+        return functional.linear(input, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -139,8 +153,8 @@ class CausalSelfAttention(nn.Module):
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
         bias = getattr(config, "bias", True)
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.n_embd = config.n_embd

@@ -18,7 +18,7 @@
 //             A head is split over several units where heads are few; dq is then added in fixed order.
 //   saves     out and lse; the dropout mask is a hash of (seed, head, i, j), computed again.
 #include "common/dropout.h"
-#include "common/simd.h"
+#include "common/tile.h"
 
 #include "attention/attention_cpu.h"
 
@@ -27,18 +27,14 @@ extern "C" float logf(float);
 namespace gpt2fast {
 namespace GPT2FAST_ISA {
 
-constexpr int MR = VL == 16 ? 8 : 6, NV = 2, NR = NV * VL;  // 12 of 16 registers, 16 of 32 with AVX-512
 constexpr i64 BQ = 48, BK = 96;                             // multiples of MR, BK also of NR
 constexpr i64 DIRECT = 4;
+constexpr i64 KIN = 2 * MR;  // queries that share a mean key, see QueryGradient
 // Multiply-adds below which a second thread costs more than it brings; where k and v are read once, memory counts.
 constexpr i64 UNIT_WORK = 1 << 16, DIRECT_WORK = 1 << 14;
 constexpr float NONE = -__builtin_inff();
 
-static_assert(BQ % MR == 0 && BK % MR == 0 && BK % NR == 0, "blocks are whole tiles");
-
-GPT2FAST_INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
-GPT2FAST_INLINE i64 clamp(i64 x, i64 low, i64 high) { return x < low ? low : x > high ? high : x; }
-GPT2FAST_INLINE i64 up(i64 x, i64 multiple) { return (x + multiple - 1) / multiple * multiple; }
+static_assert(BQ % KIN == 0 && BK % MR == 0 && BK % NR == 0, "blocks are whole tiles");
 
 struct Strides {
   i64 b, t, h;
@@ -71,86 +67,12 @@ GPT2FAST_INLINE vf exp_below(vf x) {
   return select(x < -87.3f, vf{}, p * power);
 }
 
-// C (MR x NR) = A B, or factor * C + A B with one factor per row. A is (MR x depth) with rows a_stride apart,
-// or, ACROSS, its transpose is. The sum runs over the depth in order from 0 and meets C last: the same bits
-// wherever the tile lies.
-template <bool ACROSS, bool ADD>
-static __attribute__((noinline)) void tile(i64 depth, const float* __restrict a, i64 a_stride,
-                                           const float* __restrict b, i64 b_stride, float* __restrict c,
-                                           i64 c_stride, const float* factor) {
-  vf sum[MR][NV];
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) sum[r][0] = sum[r][1] = vf{};
-#pragma GCC unroll 2
-  for (i64 k = 0; k < depth; ++k) {
-    const vf first = load(b + k * b_stride), second = load(b + k * b_stride + VL);
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      const vf x = splat(ACROSS ? a[k * a_stride + r] : a[r * a_stride + k]);
-      sum[r][0] += x * first;
-      sum[r][1] += x * second;
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) {
-    float* row = c + r * c_stride;
-    if (ADD) {
-      const vf f = splat(factor ? factor[r] : 1.0f);
-      store(row, load(row) * f + sum[r][0]);
-      store(row + VL, load(row + VL) * f + sum[r][1]);
-    } else {
-      store(row, sum[r][0]);
-      store(row + VL, sum[r][1]);
-    }
-  }
-}
-
 // C = A B over depth `size` in short sums, which round less than one long one: S and dP meet in differences.
 constexpr i64 SHORT = 32;
 GPT2FAST_INLINE void short_sums_tile(i64 size, const float* a, i64 a_stride, const float* b, float* c, i64 c_stride) {
   tile<false, false>(smaller(size, SHORT), a, a_stride, b, NR, c, c_stride, nullptr);
   for (i64 d = SHORT; d < size; d += SHORT)
     tile<false, true>(smaller(size - d, SHORT), a + d, a_stride, b + d * NR, NR, c, c_stride, nullptr);
-}
-
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeLanes<0, I...> {
-  typedef Lanes<I...> type;
-};
-// Lanes of a and b put together: index VL + i is lane i of b.
-#if defined(__clang__) || __GNUC__ >= 12
-#define GPT2FAST_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, index...)
-#else
-#define GPT2FAST_SHUFFLE(a, b, index) __builtin_shuffle(a, b, vi{index...})
-#endif
-template <int W, int... I>
-GPT2FAST_INLINE vf exchange_low(vf a, vf b, Lanes<I...>) {
-  return GPT2FAST_SHUFFLE(a, b, ((I & W) ? VL + I - W : I));
-}
-template <int W, int... I>
-GPT2FAST_INLINE vf exchange_high(vf a, vf b, Lanes<I...>) {
-  return GPT2FAST_SHUFFLE(a, b, ((I & W) ? VL + I : I + W));
-}
-template <int W>
-GPT2FAST_INLINE void exchange(vf (&x)[VL]) {
-  typedef typename MakeLanes<VL>::type All;
-#pragma GCC unroll 16
-  for (int i = 0; i < VL; ++i)
-    if (!(i & W)) {
-      const vf a = x[i], b = x[i + W];
-      x[i] = exchange_low<W>(a, b, All());
-      x[i + W] = exchange_high<W>(a, b, All());
-    }
-}
-GPT2FAST_INLINE void transpose(vf (&x)[VL]) {
-  if constexpr (VL > 8) exchange<8>(x);
-  if constexpr (VL > 4) exchange<4>(x);
-  exchange<2>(x);
-  exchange<1>(x);
 }
 
 // The largest lane and the sum of the lanes, in every lane (or one): shuffles, where hmax and hsum go to memory.
@@ -171,49 +93,6 @@ GPT2FAST_INLINE float lanes_sum(vf x) {
   else return x[0];
 }
 
-// Rows of `size` elements to rows of `width` floats, multiplied by factor, zero-padded in both directions.
-template <class T>
-static void pack_rows(const T* from, i64 stride, i64 rows, i64 size, float factor, float* to, i64 width,
-                      i64 padded_rows) {
-  for (i64 r = 0; r < rows; ++r) {
-    const T* row = from + r * stride;
-    float* out = to + r * width;
-    i64 c = 0;
-    for (; c + VL <= size; c += VL) store(out + c, load(row + c) * factor);
-    for (; c < width; c += VL) store(out + c, load_n(row + c, clamp(size - c, 0, VL)) * factor);
-  }
-  for (i64 r = rows; r < padded_rows; ++r)
-    for (i64 c = 0; c < width; c += VL) store(to + r * width + c, vf{});
-}
-
-// Rows to panels of NR rows, each transposed: to[panel][d][NR]; missing rows are 0.
-template <class T>
-static void pack_transposed(const T* from, i64 stride, i64 rows, i64 size, float* to) {
-  for (i64 r = 0; r < rows; r += NR, to += NR * size)
-    for (int part = 0; part < NV; ++part) {
-      const i64 first = r + part * VL, count = clamp(rows - first, 0, VL);
-      for (i64 d = 0; d < size; d += VL) {
-        const i64 n = smaller(VL, size - d);
-        vf x[VL];
-        if (count == VL && n == VL) {
-#pragma GCC unroll 16
-          for (int i = 0; i < VL; ++i) x[i] = load(from + (first + i) * stride + d);
-        } else {
-          for (int i = 0; i < VL; ++i)
-            x[i] = i < count ? load_at(from + (first + i) * stride + d, n) : vf{};
-        }
-        transpose(x);
-        float* out = to + d * NR + part * VL;
-        if (n == VL) {
-#pragma GCC unroll 16
-          for (int i = 0; i < VL; ++i) store(out + i * NR, x[i]);
-        } else {
-          for (i64 i = 0; i < n; ++i) store(out + i * NR, x[i]);
-        }
-      }
-    }
-}
-
 template <class T>
 static void store_rows(const float* from, i64 width, i64 rows, i64 size, float factor, T* to, i64 stride) {
   for (i64 r = 0; r < rows; ++r)
@@ -221,20 +100,6 @@ static void store_rows(const float* from, i64 width, i64 rows, i64 size, float f
       store_at(to + r * stride + c, load(from + r * width + c) * factor, n);
     });
 }
-
-GPT2FAST_INLINE void zero(float* p, i64 count) {
-  for (i64 c = 0; c < count; c += VL) store(p + c, vf{});
-}
-
-// Pieces of a workspace, each on its own cache lines.
-struct Arena {
-  float* next;
-  float* take(i64 count) {
-    float* piece = next;
-    next += up(count, 16);
-    return piece;
-  }
-};
 
 static int share_limit(double work, i64 unit, int threads) {
   return work >= double(unit) * threads ? threads : int(work / unit) + 1;
@@ -479,8 +344,8 @@ void attention_forward(uintptr_t q, i64 q_b, i64 q_t, i64 q_h, uintptr_t k, i64 
 // ---- backward --------------------------------------------------------------------------------------
 
 // What the key blocks of a head add to, and its units after them. The rows of dS sum to 0 but for the rounding of delta,
-// which dq would multiply by what keys have in common: `excess` is that sum for each query, `keys` the sum of P k over
-// each block of queries, and dq loses excess times the mean of P k over the block.
+// which dq would multiply by what keys have in common: `excess` is that sum for each query (0 for a row that is whole, see
+// backward_row), `keys` the sum of P k over KIN queries, and dq loses excess times the mean of P k over these.
 struct QueryGradient {
   float *dq, *excess, *keys;
   i64 floats;
@@ -489,7 +354,7 @@ struct QueryGradient {
     Arena arena{base};
     dq = arena.take(rows * width);
     excess = arena.take(rows);
-    keys = arena.take((queries + BQ - 1) / BQ * width);
+    keys = arena.take((queries + KIN - 1) / KIN * width);
     floats = arena.next - base;
   }
 };
@@ -529,7 +394,7 @@ i64 attention_backward_workspace(i64 heads, i64 queries, i64 keys, i64 size, int
 }
 
 // One row: scores become (dropped) P, dp becomes dS; both are 0 past the n visible keys up to `end`. Adds P to `weights`
-// and returns the sum of dS.
+// and returns the sum of dS, which is 0 by construction where the row is whole.
 //
 // dP - delta cancels where few keys have weight. If all keys of the row are here (`whole`), delta is taken as
 // sum(P dP), so that the rounding of dP cancels too; rowsum(dout out) is for longer rows only. There P = 1 means
@@ -556,10 +421,9 @@ GPT2FAST_INLINE float backward_row(float* p, float* dp, float* weights, i64 n, i
     if (full < n) step(full, true);
     const float weight = lanes_sum(total), sum = lanes_sum(products) / weight;
     for (i64 c = 0; c < n; c += VL) {
-      const vf x = load(p + c) / weight, s = n == 1 ? vf{} : x * (load(dp + c) - sum);
-      excess += s;
+      const vf x = load(p + c) / weight;
       store(weights + c, load(weights + c) + x);
-      store(dp + c, s);
+      store(dp + c, n == 1 ? vf{} : x * (load(dp + c) - sum));
       store(p + c, DROP ? select(dropout.keep(j + c), x, vf{}) : x);
     }
   } else {
@@ -602,19 +466,20 @@ static void backward_block(const Shape& shape, const BackwardSpace& space, const
           short_sums_tile(size, q + r * width, width, space.k_across + c * size, space.p + r * BK + c, BK);
           short_sums_tile(size, dout + r * width, width, space.v_across + c * size, space.ds + r * BK + c, BK);
         }
-    zero(space.weights, BK);
     for (i64 r = 0; r < padded; ++r) {
       const bool real = r < rows;
+      if (r % KIN == 0) zero(space.weights, BK);
       gradient.excess[i0 + r] += backward_row<DROP>(
           space.p + r * BK, space.ds + r * BK, space.weights, real ? seen(r) : 0, up(end, MR),
           real ? lse[i0 + r] : 0.0f, real ? rests[i0 + r] : 0.0f, real ? space.delta[i0 + r] : 0.0f,
           j0 == 0 && shape.visible(i0 + (real ? r : 0)) <= BK, dropout.keep, RowDropout(dropout, i0 + r), j0);
-    }
-    float* keys = gradient.keys + i0 / BQ * width;
-    for (i64 c = 0; c < width; c += VL) {
-      vf sum = {};
-      for (i64 j = 0; j < count; ++j) sum += space.weights[j] * load(space.k + j * width + c);
-      store(keys + c, load(keys + c) + sum);
+      if ((r + 1) % KIN && r + 1 < padded) continue;
+      float* keys = gradient.keys + (i0 + r) / KIN * width;
+      for (i64 c = 0; c < width; c += VL) {
+        vf sum = {};
+        for (i64 j = 0; j < count; ++j) sum += space.weights[j] * load(space.k + j * width + c);
+        store(keys + c, load(keys + c) + sum);
+      }
     }
     for (i64 c = 0; c < width; c += NR)
       for (i64 m = 0; m < count; m += MR) {
@@ -635,14 +500,14 @@ static void backward_block(const Shape& shape, const BackwardSpace& space, const
   }
 }
 
-// dq without its excess, to `to`. A block in which a key is not finite is left as it is.
+// dq without its excess, to `to`. Where a mean key is not finite it is left as it is.
 template <class T>
 static void store_dq(const Shape& shape, const QueryGradient& gradient, T* to, i64 stride) {
   const i64 width = shape.width();
   for (i64 i = 0; i < shape.queries; ++i) {
-    const i64 i0 = i / BQ * BQ, last = smaller(i0 + BQ, shape.queries) - 1;
-    const i64 seeing = last - clamp(-shape.diagonal, i0, last + 1) + 1;  // queries of the block that see a key
-    const float* keys = gradient.keys + i / BQ * width;
+    const i64 i0 = i / KIN * KIN, last = smaller(i0 + KIN, shape.queries) - 1;
+    const i64 seeing = last - clamp(-shape.diagonal, i0, last + 1) + 1;  // of the KIN queries, those that see a key
+    const float* keys = gradient.keys + i / KIN * width;
     float* row = gradient.dq + i * width;
     const float excess = seeing > 0 ? gradient.excess[i] / seeing : 0.0f;
     for (i64 c = 0; c < width; c += VL) {

@@ -95,6 +95,11 @@ PYBIND11_MODULE(_cpu, module) {
   if (has_avx512()) runnable.append("avx512");
 #endif
   module.attr("runnable") = runnable;
+#if defined(__x86_64__)
+  module.attr("amd") = bool(__builtin_cpu_is("amd"));
+#else
+  module.attr("amd") = false;
+#endif
 #ifdef GPT2FAST_OPENMP
   module.attr("openmp") = true;
 #else

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
             ("CPU", _cpu_name()),
             ("vector code", torch.backends.cpu.get_cpu_capability() + " in PyTorch"),
             ("threads", f"{torch.get_num_threads()} of {_cpus()} CPUs"),
+            ("fp32 products", _products()),
             ("GPU", _gpus()),
         ],
     )
@@ -123,6 +124,15 @@ def _gpus() -> str:
     return "\n".join(
         torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
     )
+
+
+def _products() -> str:
+    """Who multiplies matrices in fp32 on the CPU."""
+    from gpt2fast.ops.linear import cpu
+
+    if cpu.preferred():
+        return f"gpt2fast for {cpu.LEAST_ROWS} to {cpu.MOST_ROWS} rows, PyTorch's BLAS for more"
+    return "PyTorch's BLAS"
 
 
 def _chosen() -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The GELU-MLP on torch's BLAS and the C++ kernels (csrc/gelu, csrc/gelu_mlp).
+"""The GELU-MLP on matrix products (ops/linear) and the C++ kernels (csrc/gelu, csrc/linear).
 
 Forward saves h = x fc_weight^T without its bias: the GELU kernel adds the bias while it reads h,
 and the product needs no pass to spread a bias first. Backward makes one pass over h and dact, which
@@ -8,10 +8,9 @@ writes the activation (for dproj_weight), dh over dact in place, and the bias gr
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import cpu_kernels
 from gpt2fast.ops.gelu.cpu import backward_into
 from gpt2fast.ops.gelu.cpu import forward as gelu_forward
-from gpt2fast.ops.registry import DTYPE_CODES
+from gpt2fast.ops.linear.cpu import column_sum, matmul
 
 #: Rows whose activation exists at a time in the forward: enough for the BLAS to run at full rate.
 CHUNK = 1024
@@ -37,12 +36,9 @@ def forward(
         act = activation[: end - begin]
         # Without a backward the GELU runs in place: nobody needs h.
         part = act if h is None else h[begin:end]
-        torch.mm(x[begin:end], fc_weight.t(), out=part)
+        matmul(x[begin:end], fc_weight.t(), out=part)
         gelu_forward(part, fc_bias, act)
-        if proj_bias is None:
-            torch.mm(act, proj_weight.t(), out=y[begin:end])
-        else:
-            torch.addmm(proj_bias, act, proj_weight.t(), out=y[begin:end])
+        matmul(act, proj_weight.t(), proj_bias, out=y[begin:end])
     return y, h
 
 
@@ -59,34 +55,17 @@ def backward(
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = need
     dx = dfc_weight = dfc_bias = dproj_weight = activation = None
     if need_x or need_fc_weight or need_fc_bias:
-        dh = torch.mm(dy, proj_weight)
+        dh = matmul(dy, proj_weight)
         activation = torch.empty_like(h) if need_proj_weight else None
         written = dh if need_x or need_fc_weight else None
         dfc_bias = backward_into(dh, h, fc_bias, written, activation, need_fc_bias)
         if need_x:
-            dx = torch.mm(dh, fc_weight)
+            dx = matmul(dh, fc_weight)
         if need_fc_weight:
-            dfc_weight = torch.mm(dh.t(), x)
+            dfc_weight = matmul(dh.t(), x)
     elif need_proj_weight:
         activation = gelu_forward(h, fc_bias)
     if activation is not None:
-        dproj_weight = torch.mm(dy.t(), activation)
+        dproj_weight = matmul(dy.t(), activation)
     dproj_bias = column_sum(dy) if need_proj_bias else None
     return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
-
-
-def column_sum(x: Tensor) -> Tensor:
-    """The sum over rows of x (R, C) with contiguous columns, in fp32: a bias's gradient."""
-    threads = torch.get_num_threads()
-    total = x.new_empty(x.shape[1:], dtype=torch.float32)
-    workspace = x.new_empty((threads, 2 * x.shape[1]), dtype=torch.float32)
-    cpu_kernels().column_sum(
-        x.data_ptr(),
-        x.stride(0),
-        total.data_ptr(),
-        workspace.data_ptr(),
-        *x.shape,
-        DTYPE_CODES[x.dtype],
-        threads,
-    )
-    return total

@@ -1,4 +1,4 @@
-"""Linear + cross-entropy on the CPU: PyTorch's matrix products around the cross-entropy kernels.
+"""Linear + cross-entropy on the CPU: matrix products (ops/linear) around the cross-entropy kernels.
 
 Rows go in chunks, so that few logits exist at a time. Where gradients are wanted and their upstream
 gradient is one number, a chunk's logits turn into their gradient in place, one row after another
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gpt2fast.backends import cpu_kernels
 from gpt2fast.ops.cross_entropy.cpu import count, mean_factor
+from gpt2fast.ops.linear.cpu import matmul
 from gpt2fast.ops.registry import DTYPE_CODES
 
 SLICE_BYTES = 16 << 20  # of widened half-precision weights at a time
@@ -48,15 +49,15 @@ class _Head:
 
     def logits(self, x: Tensor, out: Tensor) -> None:
         for part, weight in self.slices():
-            torch.mm(x, weight.t(), out=out[:, part])
+            matmul(x, weight.t(), out=out[:, part])
 
     def dx(self, dlogits: Tensor, out: Tensor) -> None:
         for part, weight in self.slices():
-            torch.addmm(out, dlogits[:, part], weight, beta=int(part.start > 0), out=out)
+            matmul(dlogits[:, part], weight, out=out, add=part.start > 0)
 
 
 def _add_dweight(dlogits: Tensor, x: Tensor, dweight: Tensor, first: bool) -> None:
-    torch.addmm(dweight, dlogits.t(), x, beta=int(not first), out=dweight)
+    matmul(dlogits.t(), x, out=dweight, add=not first)
 
 
 def _chunks(rows: int, classes: int, chunk_bytes: int) -> Iterator[slice]:

@@ -1,5 +1,4 @@
-// What the GELU-MLP needs beside matrix products (torch's BLAS) and the GELU kernels (csrc/gelu): the sum over
-// rows that is the gradient of a bias.
+// The sum over rows that is the gradient of a bias.
 //
 //   computes  sum[c] = sum over rows r of x[r][c], in fp32
 //   layout    rows of `columns` contiguous elements, any row stride.
@@ -7,7 +6,8 @@
 //   work      rows are shared out among threads; four rows are summed in registers, added to a row of fp32
 //             partials per thread, which is flushed every FLUSH rows; threads are added in their order.
 #include "common/simd.h"
-#include "gelu_mlp/gelu_mlp_cpu.h"
+
+#include "linear/linear_cpu.h"
 
 namespace gpt2fast {
 namespace GPT2FAST_ISA {

@@ -1,0 +1,1 @@
+"""A linear layer on a CPU; on GPUs it is PyTorch's."""

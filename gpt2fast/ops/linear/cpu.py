@@ -1,0 +1,143 @@
+"""Matrix products in fp32 on the C++ kernel (csrc/linear/linear_cpu.cpp), where it beats the BLAS.
+
+Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): 1.1 to 1.4 times MKL's rate
+at 256 rows, 2 to 3 times at 8 to 32; level at 1024. On Intel's CPUs MKL is at home, and other builds of
+PyTorch have other libraries: there PyTorch's product is taken.
+"""
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from gpt2fast.backends import BackendUnavailable, cpu_extension, cpu_kernels
+from gpt2fast.ops.registry import DTYPE_CODES
+
+LEAST_ROWS, MOST_ROWS = 4, 512  # of activations, for which the kernel is the faster one
+WORK = 1 << 18  # multiplications below which a call's Python costs more than is gained
+
+
+@functools.cache
+def preferred() -> bool:
+    """Whether the kernel is used; GPT2FAST_CPU_MATMUL=kernel or =blas decides otherwise."""
+    choice = os.environ.get("GPT2FAST_CPU_MATMUL", "auto")
+    if choice not in ("auto", "kernel", "blas"):
+        raise ValueError(f"GPT2FAST_CPU_MATMUL must be auto, kernel or blas, got {choice!r}")
+    if choice != "auto":
+        return choice == "kernel"
+    try:
+        extension = cpu_extension()
+    except BackendUnavailable:
+        return False
+    vectors = extension.runnable[-1] != "portable"
+    return bool(extension.amd) and vectors and torch.backends.mkl.is_available()
+
+
+@torch.compiler.assume_constant_result
+def _preferred() -> bool:
+    return preferred()
+
+
+def serves(rows: int, work: int, *tensors: Tensor) -> bool:
+    """Whether a product of `work` multiplications with `rows` rows of activations is the kernel's."""
+    return (
+        LEAST_ROWS <= rows <= MOST_ROWS
+        and work >= WORK
+        and _preferred()
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    )
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    """a (M, K) @ b (K, N) + bias (N,), or `out` + a @ b where `add` is set; by whom it is fastest.
+
+    Args:
+        a, b: of any strides; the kernel takes rows or columns that are contiguous, but not columns
+            in both.
+        bias: contiguous, of their dtype; not beside `add`.
+        out: (M, N) with contiguous rows.
+    """
+    (rows, depth), columns = a.shape, b.shape[1]
+    a_across, b_across = a.stride(1) != 1, b.stride(1) != 1
+    fits = (
+        serves(depth if a_across else rows, rows * columns * depth, a, b)
+        and not (a_across and (b_across or a.stride(0) != 1))
+        and not (b_across and b.stride(0) != 1)
+    )
+    if not fits:
+        if add:
+            assert out is not None
+            return torch.addmm(out, a, b, out=out)
+        if bias is None:
+            return torch.mm(a, b, out=out)
+        return torch.addmm(bias, a, b, out=out)
+    if out is None:
+        out = a.new_empty((rows, columns))
+    return product(a, b, bias, out, add)
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> Tensor:
+    """`matmul` by the kernel."""
+    (rows, depth), columns = a.shape, b.shape[1]
+    a_across, b_across = a.stride(1) != 1, b.stride(1) != 1
+    kernels, threads = cpu_kernels(), torch.get_num_threads()
+    size = kernels.matmul_workspace(rows, columns, depth, a_across, b_across, threads)
+    workspace = a.new_empty((size,))
+    kernels.matmul(
+        a.data_ptr(),
+        a.stride(int(a_across)),
+        a_across,
+        b.data_ptr(),
+        b.stride(int(b_across)),
+        b_across,
+        out.data_ptr(),
+        out.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        workspace.data_ptr(),
+        rows,
+        columns,
+        depth,
+        add,
+        threads,
+    )
+    return out
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (R, C) @ weight (D, C)^T + bias (D,): (R, D)."""
+    return matmul(x, weight.t(), bias)
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, need: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias where needed, for dy (R, D)."""
+    return (
+        matmul(dy, weight) if need[0] else None,
+        matmul(dy.t(), x) if need[1] else None,
+        column_sum(dy) if need[2] else None,
+    )
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """The sum over rows of x (R, C) with contiguous columns, in fp32: a bias's gradient."""
+    threads = torch.get_num_threads()
+    total = x.new_empty(x.shape[1:], dtype=torch.float32)
+    workspace = x.new_empty((threads, 2 * x.shape[1]), dtype=torch.float32)
+    cpu_kernels().column_sum(
+        x.data_ptr(),
+        x.stride(0),
+        total.data_ptr(),
+        workspace.data_ptr(),
+        *x.shape,
+        DTYPE_CODES[x.dtype],
+        threads,
+    )
+    return total

@@ -1,0 +1,51 @@
+"""The public linear function."""
+
+import torch
+from torch import Tensor
+
+from gpt2fast.backends import choose
+from gpt2fast.ops.linear import autograd, cpu, reference
+from gpt2fast.ops.registry import apply
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, as torch.nn.functional.linear.
+
+    On a CPU whose BLAS is slow for the few hundred rows of a training step there (see
+    `gpt2fast info`), fp32 products are our own kernel's; all others are PyTorch's.
+
+    Args:
+        x: (..., C), floating point.
+        weight: (D, C), of x's dtype and device.
+        bias: (D,) or None.
+
+    Returns:
+        (..., D) of x's dtype (under autocast, of autocast's).
+
+    Raises:
+        RuntimeError: what PyTorch's own function raises: wrong shapes, dtypes or devices.
+
+    >>> gpt2fast.functional.linear(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(4)).shape
+    torch.Size([2, 4])
+    """
+    if not _is_ours(x, weight, bias):
+        return reference.linear(x, weight, bias)
+    flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    if torch.is_grad_enabled():
+        y = apply(autograd.Linear, flat, weight, bias)
+    else:
+        y = autograd.linear_forward(flat, weight, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+        return False
+    given = [x, weight] if bias is None else [x, weight, bias]
+    return (
+        cpu.serves(x.numel() // max(1, x.shape[-1]), x.numel() * weight.shape[0], *given)
+        and all(t.is_contiguous() for t in given)
+        and (bias is None or bias.shape == weight.shape[:1])
+        and not torch.is_autocast_enabled("cpu")
+        and choose(x) == "cpu"
+    )
