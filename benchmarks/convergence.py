@@ -1,10 +1,10 @@
 """Loss curves of our kernels beside plain PyTorch's, from the same weights on the same text.
 
-    python -m benchmarks.convergence --out benchmarks/results/convergence
+    python -m benchmarks.convergence --out benchmarks/results/convergence/NAME
 
-writes .json and .png. The truth here is the reference in fp64; in fp32 and in bf16 autocast run the
-reference and our kernels. The yardstick is measured: our curve may be from the truth at
-most twice as far as the reference of the same precision is, or as a second reference run is whose
+writes NAME.json and NAME.png. The truth here is the reference in fp64; in fp32 and in bf16 autocast
+run the reference and our kernels. The yardstick is measured: our curve may be from the truth at most
+twice as far as the reference of the same precision is, or as a second reference run is whose
 sequences lie in another order in the batch, and so rounds differently.
 """
 
@@ -14,7 +14,6 @@ import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +43,9 @@ def curve(start: GPT, run: str, batches: list[Tensor], lr: float) -> list[float]
     """The loss of every step of one run from the weights of `start`."""
     dtype, half, backend, reverse = RUNS[run]
     model = copy.deepcopy(start).to(dtype).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     losses = []
     with gpt2fast.use_backend(backend):
         for tokens in batches:
@@ -90,28 +91,57 @@ def distances(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
+#: Of the runs of one precision: colour and label.
+STYLES = {
+    "reference": ("#7f7f7f", "plain PyTorch"),
+    "reference, reversed": ("#bcbd22", "plain PyTorch, batch in reverse"),
+    "gpt2fast": ("#d62728", "gpt2fast"),
+}
+#: Steps over which the lines of distances are averaged, so that they can be told apart.
+WINDOW = 15
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Geometric means over a window around each step."""
+    logs = torch.tensor(values, dtype=torch.float64).clamp(min=1e-12).log()
+    parts = (logs[max(0, i - WINDOW // 2) : i + WINDOW // 2 + 1] for i in range(len(logs)))
+    return [part.mean().exp().item() for part in parts]
+
+
 def plot(found: dict[str, list[float]], path: Path, title: str) -> None:
-    """Both precisions' curves, and below how far they are from fp64."""
+    """A column a precision: the curves, and below how far each is from fp64."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(8, 7), sharex=True, constrained_layout=True
+    figure, axes = plt.subplots(
+        2, 2, figsize=(10, 6.5), sharex=True, sharey="row", constrained_layout=True
     )
     truth = found["fp64 reference"]
-    for name, losses in found.items():
-        style: dict[str, Any] = {"linewidth": 0.9, "label": name}
-        above.plot(losses, **style)
-        if losses is not truth:
-            below.semilogy([abs(a - b) for a, b in zip(losses, truth, strict=True)], **style)
-    above.set_ylabel("loss")
-    above.legend(fontsize=7)
-    below.set_ylabel("distance from the fp64 reference")
-    below.set_xlabel("step")
-    figure.suptitle(title, fontsize=8)
-    figure.savefig(path, dpi=130)
+    bound = {p: 2 * pair["reference"] for p, pair in distances(found).items()}
+    for (above, below), precision in zip(axes.T, bound, strict=True):
+        above.plot(truth, color="black", linewidth=2.5, alpha=0.35, label="plain PyTorch in fp64")
+        for run, (color, label) in STYLES.items():
+            losses = found[f"{precision} {run}"]
+            apart = [abs(a - b) for a, b in zip(losses, truth, strict=True)]
+            dashes = "--" if run == "gpt2fast" else "-"
+            above.plot(losses, dashes, color=color, linewidth=1, label=label)
+            mean = sum(apart) / len(apart)
+            below.semilogy(smooth(apart), color=color, linewidth=1.4, label=f"{label}: {mean:.1e}")
+        below.axhline(bound[precision], color="black", linestyle=":", label="bound of the mean")
+        above.set_title("fp32" if precision == "fp32" else "bf16 autocast", fontsize=10)
+        above.legend(fontsize=8, frameon=False)
+        below.legend(fontsize=8, frameon=False, title="mean over all steps", title_fontsize=8)
+        below.set_xlabel("step")
+        for axis in (above, below):
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylabel("distance from the fp64 curve")
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -130,7 +160,7 @@ def main() -> None:
     name = "Python's library" if text is None else text.name
     title = (
         f"{options['layers']} layers, width {options['width']}, {options['batch']} x"
-        f" {options['length']} bytes of {name}, torch {torch.__version__}"
+        f" {options['length']} bytes of {name} a step, AdamW, torch {torch.__version__}"
     )
     whole = {"setting": title, "options": options, "distances": far, "losses": found}
     out.parent.mkdir(parents=True, exist_ok=True)

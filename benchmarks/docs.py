@@ -1,4 +1,4 @@
-"""Writes the documentation as Markdown: a page for each op, and those of benchmarks/pages.
+"""Writes the documentation as Markdown: a page for each op, loss curves, and benchmarks/pages.
 
 python -m benchmarks.docs --out DIR
 
@@ -9,12 +9,14 @@ reference, the head comments of its kernels, and the measurements in benchmarks/
 import argparse
 import ast
 import inspect
+import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import convergence, report
 from gpt2fast import backends, functional
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +139,29 @@ def speed_text(op: str | None) -> str:
     return "".join(f"{title}\n\n" for title in titles) + report.tables(rows)
 
 
+def curves() -> Path | None:
+    """The latest result of benchmarks.convergence; a picture lies beside it."""
+    return max((RESULTS / "convergence").glob("*.json"), default=None)
+
+
+def convergence_text(path: Path) -> str:
+    """The page of the loss curves."""
+    found = json.loads(path.read_text())
+    rows = [
+        [p, f"{far['gpt2fast']:.1e}", f"{far['reference']:.1e}", f"{2 * far['reference']:.1e}"]
+        for p, far in found["distances"].items()
+    ]
+    head = ["precision", "gpt2fast", "plain PyTorch", "bound of gpt2fast's"]
+    text = inspect.cleandoc(convergence.__doc__ or "").partition("\n\nwrites")[0]
+    why = inspect.cleandoc(convergence.__doc__ or "").partition(".png. ")[2]
+    return (
+        f"# Loss curves\n\n{text}\n\n{why}\n\n{found['setting']}; {path.stem}.\n\n"
+        f"![loss curves]({path.with_suffix('.png').name})\n\n"
+        f"Mean distance from the curve in fp64 over {len(found['losses']['fp64 reference'])} steps:"
+        f"\n\n{report.table(head, rows)}\n"
+    )
+
+
 def fenced(text: str, language: str = "text") -> str:
     return f"```{language}\n{text.rstrip()}\n```\n"
 
@@ -145,9 +170,11 @@ def pages() -> Iterator[tuple[str, str]]:
     """The name and the text of every page."""
     hand = sorted(PAGES.glob("*.md"))
     titles = {path.name: path.read_text().partition("\n")[0].removeprefix("# ") for path in hand}
+    drawn = curves()
     index = [
         "# gpt2fast\n",
         *(f"- [{title}]({name})" for name, title in titles.items()),
+        *(["- [Loss curves against plain PyTorch](convergence.md)"] if drawn else []),
         "\n## Operations\n",
         *(f"- [{op}]({op}.md): {summary(op)}" for op in OPS),
         "\n## Whole models\n",
@@ -156,6 +183,8 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "index.md", "\n".join(index)
     for path in hand:
         yield path.name, path.read_text()
+    if drawn:
+        yield "convergence.md", convergence_text(drawn)
     for op in OPS:
         yield f"{op}.md", page(op)
 
@@ -165,12 +194,15 @@ def summary(op: str) -> str:
 
 
 def write(folder: Path) -> list[Path]:
-    """Writes all pages into a folder, which is made if need be, and returns their paths."""
+    """Writes all pages and their picture into a folder, which is made if need be; returns paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, text in pages():
         (folder / name).write_text(text)
         written.append(folder / name)
+    if drawn := curves():
+        picture = drawn.with_suffix(".png")
+        written.append(Path(shutil.copy(picture, folder / picture.name)))
     return written
 
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ PACKAGE = ROOT / "gpt2fast"
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The pages by name, as the command writes them."""
     folder = tmp_path_factory.mktemp("pages")
-    return {path.name: path.read_text() for path in docs.write(folder / "new")}
+    paths = docs.write(folder / "new")
+    return {path.name: path.read_text() for path in paths if path.suffix == ".md"}
 
 
 def test_the_command_names_its_pages(
@@ -68,6 +70,17 @@ def test_the_index_and_links_lead_somewhere(written: dict[str, str]) -> None:
     linked = set(re.findall(r"\]\(([^)#]+)\)", written["index.md"]))
     assert linked == written.keys() - {"index.md"}
     assert "training step of GPT-2 124M" in written["index.md"]
+
+
+def test_the_loss_curves_are_shown_and_within_their_bound(written: dict[str, str]) -> None:
+    latest = docs.curves()
+    assert latest is not None
+    assert f"]({latest.stem}.png)" in written["convergence.md"]
+    found = json.loads(latest.read_text())
+    assert all(len(losses) >= 300 for losses in found["losses"].values())
+    for precision, far in found["distances"].items():
+        assert far["gpt2fast"] <= 2 * far["reference"]
+        assert f"{far['gpt2fast']:.1e}" in written["convergence.md"], precision
 
 
 def test_no_room_imports_from_above(written: dict[str, str]) -> None:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from gpt2fast import functional
 from gpt2fast.ecosystem._refuse import refuse
-from gpt2fast.ops.checks import check_floating, check_shape
+from gpt2fast.ops.attention import reference
+from gpt2fast.ops.checks import check_floating, check_shape, dropout_seed
 
 __all__ = [
     "CrossEntropyLoss",
@@ -43,7 +44,7 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor:
+) -> Any:
     """softmax(softmax_scale q k^T) v, see :func:`gpt2fast.functional.flash_attn_func`.
 
     Args:
@@ -51,10 +52,15 @@ def flash_attn_func(
         k, v: (B, Tk, H, D): as many heads as q (no grouped-query attention).
         dropout_p, softmax_scale, causal: supported; causal counts from the end of the keys.
         deterministic: either; the kernels always are.
-        window_size, softcap, alibi_slopes, return_attn_probs: only their defaults.
+        return_attn_probs: for tests, as in the original: return the Tq x Tk matrix, too.
+        window_size, softcap, alibi_slopes: only their defaults.
 
     Returns:
-        (B, Tq, H, D) of q's dtype.
+        (B, Tq, H, D) of q's dtype. With return_attn_probs a tuple of that and two fp32 tensors without
+        gradient, computed in plain PyTorch: the log of the sum of exponentials of each query's
+        scores, (B, H, Tq), and the probabilities (B, H, Tq, Tk), with a minus where dropout drops
+        them. The original's come with another factor; with documents they are (H, total queries)
+        and (documents, H, max_seqlen_q, max_seqlen_k).
 
     Raises:
         TypeError, ValueError: a wrong or unsupported argument, named.
@@ -64,8 +70,7 @@ def flash_attn_func(
     torch.Size([1, 5, 2, 8])
     """
     _refuse_masks("flash_attn_func", window_size, softcap, alibi_slopes)
-    refuse("flash_attn_func", return_attn_probs=(return_attn_probs, False))
-    return functional.flash_attn_func(q, k, v, dropout_p, softmax_scale, causal)
+    return _attend("flash_attn_func", q, k, v, dropout_p, softmax_scale, causal, return_attn_probs)
 
 
 def flash_attn_qkvpacked_func(
@@ -78,7 +83,7 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor:
+) -> Any:
     """:func:`flash_attn_func` on qkv (B, T, 3, H, D), whose gradient comes out packed.
 
     Returns:
@@ -91,8 +96,12 @@ def flash_attn_qkvpacked_func(
     torch.Size([1, 5, 2, 8])
     """
     _refuse_masks("flash_attn_qkvpacked_func", window_size, softcap, alibi_slopes)
-    refuse("flash_attn_qkvpacked_func", return_attn_probs=(return_attn_probs, False))
-    return functional.flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale, causal)
+    options = (dropout_p, softmax_scale, causal)
+    if not return_attn_probs:
+        return functional.flash_attn_qkvpacked_func(qkv, *options)
+    seed = _coming_seed(dropout_p, qkv.device)
+    out = functional.flash_attn_qkvpacked_func(qkv, *options)
+    return out, *_seen(qkv[:, :, 0], qkv[:, :, 1], *options, seed)
 
 
 def flash_attn_kvpacked_func(
@@ -106,7 +115,7 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor:
+) -> Any:
     """:func:`flash_attn_func` with keys and values in one kv (B, Tk, 2, H, D).
 
     Returns:
@@ -119,12 +128,12 @@ def flash_attn_kvpacked_func(
     torch.Size([1, 5, 2, 8])
     """
     _refuse_masks("flash_attn_kvpacked_func", window_size, softcap, alibi_slopes)
-    refuse("flash_attn_kvpacked_func", return_attn_probs=(return_attn_probs, False))
     check_floating("kv", kv)
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(f"kv must have shape (B, T, 2, H, D), got {tuple(kv.shape)}")
+    options = (dropout_p, softmax_scale, causal, return_attn_probs)
     k, v = kv.unbind(2)
-    return functional.flash_attn_func(q, k, v, dropout_p, softmax_scale, causal)
+    return _attend("flash_attn_kvpacked_func", q, k, v, *options)
 
 
 def flash_attn_varlen_func(
@@ -144,7 +153,7 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
-) -> Tensor:
+) -> Any:
     """:func:`flash_attn_func` on documents packed into one row of (total, H, D), document b from
     cu_seqlens[b] to cu_seqlens[b + 1]; see :func:`gpt2fast.functional.flash_attn_varlen_func`.
 
@@ -160,12 +169,10 @@ def flash_attn_varlen_func(
     """
     name = "flash_attn_varlen_func"
     _refuse_masks(name, window_size, softcap, alibi_slopes)
-    refuse(name, return_attn_probs=(return_attn_probs, False), block_table=(block_table, None))
-    starts = (cu_seqlens_q, cu_seqlens_k)
-    longest = (max_seqlen_q, max_seqlen_k)
-    return functional.flash_attn_varlen_func(
-        q, k, v, *starts, *longest, dropout_p, softmax_scale, causal
-    )
+    refuse(name, block_table=(block_table, None))
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (dropout_p, softmax_scale, causal, return_attn_probs)
+    return _attend_documents(name, q, k, v, lengths, *options)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -180,7 +187,7 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor:
+) -> Any:
     """:func:`flash_attn_varlen_func` on qkv (total, 3, H, D).
 
     Returns:
@@ -195,10 +202,10 @@ def flash_attn_varlen_qkvpacked_func(
     """
     name = "flash_attn_varlen_qkvpacked_func"
     _refuse_masks(name, window_size, softcap, alibi_slopes)
-    refuse(name, return_attn_probs=(return_attn_probs, False))
-    q, k, v = _unpacked("qkv", qkv, 3)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return functional.flash_attn_varlen_func(q, k, v, *lengths, dropout_p, softmax_scale, causal)
+    options = (dropout_p, softmax_scale, causal, return_attn_probs)
+    q, k, v = _unpacked("qkv", qkv, 3)
+    return _attend_documents(name, q, k, v, lengths, *options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -216,7 +223,7 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor:
+) -> Any:
     """:func:`flash_attn_varlen_func` with keys and values in one kv (total keys, 2, H, D).
 
     Returns:
@@ -232,10 +239,86 @@ def flash_attn_varlen_kvpacked_func(
     """
     name = "flash_attn_varlen_kvpacked_func"
     _refuse_masks(name, window_size, softcap, alibi_slopes)
-    refuse(name, return_attn_probs=(return_attn_probs, False))
-    k, v = _unpacked("kv", kv, 2)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return functional.flash_attn_varlen_func(q, k, v, *lengths, dropout_p, softmax_scale, causal)
+    options = (dropout_p, softmax_scale, causal, return_attn_probs)
+    k, v = _unpacked("kv", kv, 2)
+    return _attend_documents(name, q, k, v, lengths, *options)
+
+
+def _attend(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    scale: float | None,
+    causal: bool,
+    with_probs: bool,
+) -> Any:
+    _refuse_grouped(function, q, k)
+    options = (dropout_p, scale, causal)
+    if not with_probs:
+        return functional.flash_attn_func(q, k, v, *options)
+    seed = _coming_seed(dropout_p, q.device)
+    out = functional.flash_attn_func(q, k, v, *options)
+    return out, *_seen(q, k, *options, seed)
+
+
+def _attend_documents(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[Tensor, Tensor, int, int],
+    dropout_p: float,
+    scale: float | None,
+    causal: bool,
+    with_probs: bool,
+) -> Any:
+    _refuse_grouped(function, q, k)
+    options = (dropout_p, scale, causal)
+    if not with_probs:
+        return functional.flash_attn_varlen_func(q, k, v, *lengths, *options)
+    seed = _coming_seed(dropout_p, q.device)
+    out = functional.flash_attn_varlen_func(q, k, v, *lengths, *options)
+    documents = reference.documents(q, k, *lengths)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    shape = (len(documents), q.shape[1], *lengths[2:])
+    probabilities = q.new_zeros(shape, dtype=torch.float32)
+    for b, (queries, keys) in enumerate(documents):
+        here, whole = _seen(q[None, queries], k[None, keys], *options, seed, b)
+        lse[:, queries] = here[0]
+        probabilities[b, :, : whole.shape[2], : whole.shape[3]] = whole[0]
+    return out, lse, probabilities
+
+
+def _coming_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed that the next call draws."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return dropout_seed(dropout_p, device)
+
+
+def _seen(
+    q: Tensor,
+    k: Tensor,
+    dropout_p: float,
+    scale: float | None,
+    causal: bool,
+    seed: Tensor | None,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor]:
+    diagonal = k.shape[1] - q.shape[1] if causal else None
+    return reference.lse_and_probabilities(q, k, diagonal, scale, dropout_p, seed, first_batch)
+
+
+def _refuse_grouped(function: str, q: Tensor, k: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k)):
+        check_floating(name, tensor)
+    if q.dim() == k.dim() > 2 and q.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"k with {k.shape[-2]} heads for q's {q.shape[-2]} is not supported by gpt2fast's"
+            f" {function}, only as many heads as q has are"
+        )
 
 
 def _unpacked(name: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -335,6 +418,7 @@ def flash_attn_with_kvcache(
         if tensor.dim() != 4:
             raise ValueError(f"{what} must have shape (B, T, H, D), got {tuple(tensor.shape)}")
     check_shape("v_cache", v_cache, tuple(k_cache.shape), "that of k_cache")
+    _refuse_grouped(name, q, k_cache)
     if (k is None) != (v is None):
         raise ValueError("k and v must be given together")
     batch, capacity = q.shape[0], k_cache.shape[1]

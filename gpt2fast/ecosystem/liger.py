@@ -1,12 +1,13 @@
 """Liger-Kernel's names: layer norm, cross-entropy, and the head fused with its loss.
 
 The originals are described at https://github.com/linkedin/Liger-Kernel; the arguments are theirs,
-in their order. Losses are fp32 here, whatever the dtype of the logits.
+in their order. As there, the loss of logits has their dtype (it is computed in fp32, and rounded at
+the end), and that of the fused head is fp32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from gpt2fast.ecosystem._refuse import refuse
 from gpt2fast.ecosystem.flash_attn import reduce, z_losses
 
 __all__ = [
+    "CrossEntropyOutput",
     "LigerCrossEntropyLoss",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerLayerNorm",
@@ -76,6 +78,21 @@ class LigerLayerNorm(nn.Module):
         return f"{self.hidden_size}, eps={self.eps}"
 
 
+class CrossEntropyOutput(NamedTuple):
+    """What the losses give for return_z_loss.
+
+    Attributes:
+        loss, z_loss: scalar, or (N,) for reduction "none"; of the dtype that the function names.
+
+    >>> logits, target = torch.zeros(2, 4), torch.tensor([0, 3])
+    >>> liger_cross_entropy(logits, target, lse_square_scale=1.0, return_z_loss=True).z_loss
+    tensor(1.9218)
+    """
+
+    loss: Tensor
+    z_loss: Tensor
+
+
 def liger_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -90,7 +107,7 @@ def liger_cross_entropy(
     return_z_loss: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | CrossEntropyOutput:
     """Cross-entropy of logits (N, V) with class indices (N,).
 
     Args:
@@ -98,12 +115,12 @@ def liger_cross_entropy(
         lse_square_scale: weight of lse^2 in the loss.
         softcap: the logits become softcap * tanh(logits / softcap), in fp32, which costs copies of
             them.
-        return_z_loss: return (loss, the lse^2 part of it, without gradient).
+        return_z_loss: return the pair (loss, the lse^2 part of it, without gradient).
         weight, size_average, reduce, return_token_accuracy, return_predicted_tokens: only their
             defaults.
 
     Returns:
-        The loss in fp32, or (loss, z_loss).
+        The loss in input's dtype, or a :class:`CrossEntropyOutput`.
 
     Raises:
         TypeError, ValueError: a wrong or unsupported argument, named.
@@ -119,6 +136,7 @@ def liger_cross_entropy(
         return_token_accuracy=(return_token_accuracy, False),
         return_predicted_tokens=(return_predicted_tokens, False),
     )
+    dtype = input.dtype
     if softcap is not None:
         if not softcap > 0:
             raise ValueError(f"softcap must be positive or None, got {softcap}")
@@ -130,12 +148,11 @@ def liger_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=lse_square_scale,
         reduction=reduction,
-    )
+    ).to(dtype)
     if not return_z_loss:
         return loss
-    return loss, _reduced(
-        z_losses(input, target, ignore_index, lse_square_scale), target, ignore_index, reduction
-    )
+    squares = z_losses(input, target, ignore_index, lse_square_scale)
+    return CrossEntropyOutput(loss, _reduced(squares, target, ignore_index, reduction).to(dtype))
 
 
 _reduced = reduce  # a name that liger_cross_entropy's argument does not hide
@@ -182,7 +199,7 @@ class LigerCrossEntropyLoss(nn.Module):
         self.softcap = softcap
         self.return_z_loss = return_z_loss
 
-    def forward(self, _input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
         """_input (N, V), target (N,) -> the loss, or (loss, z_loss)."""
         return liger_cross_entropy(
             _input,
@@ -219,7 +236,7 @@ def liger_fused_linear_cross_entropy(
     use_token_scaling: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | CrossEntropyOutput:
     """Cross-entropy of input @ weight.T with target; the logits never exist whole.
 
     Args:
@@ -231,7 +248,7 @@ def liger_fused_linear_cross_entropy(
         return_predicted_tokens: only their defaults.
 
     Returns:
-        The loss in fp32, or (loss, z_loss).
+        The loss in fp32, or a :class:`CrossEntropyOutput`.
 
     Raises:
         TypeError, ValueError: a wrong or unsupported argument, named.
@@ -268,7 +285,7 @@ def liger_fused_linear_cross_entropy(
         rows = weight[torch.where(kept, target, 0)]
         lse = (input.to(logprobs.dtype) * rows.to(logprobs.dtype)).sum(-1) - logprobs
         z_loss = torch.where(kept, lse_square_scale * lse.square(), 0.0)
-    return loss, _reduced(z_loss, target, ignore_index, reduction)
+    return CrossEntropyOutput(loss, _reduced(z_loss, target, ignore_index, reduction))
 
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
@@ -317,7 +334,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | CrossEntropyOutput:
         """lin_weight (V, C), _input (N, C), target (N,) -> the loss, or (loss, z_loss)."""
         return liger_fused_linear_cross_entropy(
             _input,

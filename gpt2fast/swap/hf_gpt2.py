@@ -1,7 +1,8 @@
 """The kernels inside Hugging Face's GPT-2 (transformers 4.57 and later), with its own modules kept.
 
-Four forwards are replaced, on instances: `GPT2Attention`, `GPT2MLP`, `LayerNorm` and the head. Each
-decides at every call whether it covers the call, and hands it to Hugging Face's forward where not:
+Five forwards are replaced, on instances: `GPT2Attention`, `GPT2MLP`, `LayerNorm`, `Embedding` and
+the head. Each decides at every call whether it covers the call, and hands it to Hugging Face's
+forward where not:
 
 - attention: no mask (Hugging Face builds none where nothing is padded and `attn_implementation` is
   "sdpa"), with or without a key/value cache; and the mask of a padded batch, left or right, without
@@ -9,6 +10,7 @@ decides at every call whether it covers the call, and hands it to Hugging Face's
   cross-attention, returned attention weights: Hugging Face's, which obeys the mask.
 - MLP: the tanh-GELU, with projections that are plain Conv1D. An adapter (LoRA) or a hook on one of
   them: Hugging Face's.
+- embedding: in training, for its gradient: torch's writes the whole table with zeros first.
 - head: in training the logits are lazy, see :mod:`gpt2fast.swap.lazy_logits`. Any loss function
   that ends in torch's cross_entropy is fused with the head; `outputs.logits` is right whenever
   it is looked at.
@@ -202,6 +204,17 @@ def layer_norm(self: nn.LayerNorm, input: Tensor) -> Tensor:
     return functional.layer_norm(input, self.weight, self.bias, self.eps)
 
 
+@fast_forward
+def embedding(self: nn.Embedding, input: Tensor) -> Tensor:
+    """nn.Embedding.forward without its options."""
+    if not (torch.is_grad_enabled() and self.weight.requires_grad):
+        return original(self, input)
+    # every token stands at position 0 of a table of positions that adds nothing
+    nothing = self.weight.new_zeros((1, self.weight.shape[1]))
+    rows = functional.embedding(input.reshape(-1, 1), self.weight, nothing)
+    return rows.view(*input.shape, -1)
+
+
 def _why_not_attention(module: Any, modeling: Any) -> str | None:
     if type(module) is not modeling.GPT2Attention:
         return "a subclass of GPT2Attention"
@@ -232,6 +245,15 @@ def _why_not_layer_norm(module: nn.LayerNorm) -> str | None:
     if len(module.normalized_shape) != 1:
         return f"it normalises {len(module.normalized_shape)} dimensions"
     return None
+
+
+def _why_not_embedding(module: nn.Embedding) -> str | None:
+    if type(module) is not nn.Embedding:
+        return "a subclass of Embedding"
+    for name, plain in (("padding_idx", None), ("max_norm", None), ("sparse", False)):
+        if (value := getattr(module, name)) != plain:
+            return f"{name}={value}"
+    return "scale_grad_by_freq=True" if module.scale_grad_by_freq else None
 
 
 def why_not_head(module: nn.Module) -> str | None:
@@ -279,6 +301,8 @@ def _swap(
             put(name, module, "mlp", mlp, _why_not_mlp(module, modeling))
         elif isinstance(module, nn.LayerNorm):
             put(name, module, "layer_norm", layer_norm, _why_not_layer_norm(module))
+        elif isinstance(module, nn.Embedding):
+            put(name, module, "embedding", embedding, _why_not_embedding(module))
         elif isinstance(module, modeling.GPT2PreTrainedModel) and hasattr(module, "lm_head"):
             where = f"{name}.lm_head" if name else "lm_head"
             why = why_not_head(module.lm_head)
@@ -294,6 +318,7 @@ def apply_gpt2fast_to_gpt2(
     layer_norm: bool = True,
     loss: bool = True,
     keep_memory: bool = True,
+    embedding: bool = True,
 ) -> SwapReport:
     """Runs a Hugging Face GPT-2 on gpt2fast's kernels; weights, classes and results stay the same.
 
@@ -312,6 +337,7 @@ def apply_gpt2fast_to_gpt2(
             fullgraph=True, in evaluation and in generation they are plain.
         keep_memory: for training on a CPU, :func:`gpt2fast.keep_freed_memory`, which holds for the
             whole process and is not undone by `revert`.
+        embedding: the tables of tokens and positions, in training.
 
     Returns:
         A :class:`gpt2fast.swap.SwapReport`: what was replaced, what was left alone and why. Its
@@ -326,13 +352,14 @@ def apply_gpt2fast_to_gpt2(
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16))
     >>> report = apply_gpt2fast_to_gpt2(model)
     >>> report.counts()
-    {'loss': 1, 'layer_norm': 5, 'attention': 2, 'mlp': 2}
+    {'loss': 1, 'embedding': 2, 'layer_norm': 5, 'attention': 2, 'mlp': 2}
     >>> report.revert()
-    10
+    12
     """
     modeling = _modeling()
     _CLASSES["Conv1D"] = modeling.Conv1D
     wanted = {"attention": attention, "mlp": mlp, "layer_norm": layer_norm, "loss": loss}
+    wanted["embedding"] = embedding
     report = SwapReport()
     if model is None:
         _swap_classes(report, wanted, modeling)

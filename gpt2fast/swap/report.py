@@ -117,7 +117,7 @@ class Entry:
 
     name: str
     module: str  # the name of its class
-    kind: str  # attention, mlp, gelu, layer_norm or loss
+    kind: str  # attention, mlp, gelu, layer_norm, embedding or loss
     replaced: bool
     reason: str = ""
 

@@ -159,6 +159,7 @@ _KINDS: dict[Callable[..., Any], str] = {
     lazy_head: "loss",
     hf_gpt2.attention: "attention",
     hf_gpt2.mlp: "mlp",
+    hf_gpt2.embedding: "embedding",
 }
 
 

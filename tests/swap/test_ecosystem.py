@@ -61,7 +61,6 @@ REFUSED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
                 "window_size": (4, 0),
                 "softcap": 30.0,
                 "alibi_slopes": torch.ones(2),
-                "return_attn_probs": True,
             },
         ),
         (
@@ -125,6 +124,59 @@ REFUSED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
 def test_refusals_name_the_argument(function: Any, args: Any, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"\b{next(iter(wrong))}\b"):
         function(*args, **wrong)
+
+
+def test_grouped_queries_are_refused() -> None:
+    q, k = torch.ones(1, 2, 6, 8), torch.ones(1, 2, 3, 8)
+    starts = torch.tensor([0, 2], dtype=torch.int32)
+    lengths = (starts, starts, 2, 2)
+    for call in (
+        lambda: flash_attn.flash_attn_func(q, k, k),
+        lambda: flash_attn.flash_attn_kvpacked_func(q, torch.stack([k, k], 2)),
+        lambda: flash_attn.flash_attn_varlen_func(q[0], k[0], k[0], *lengths),
+        lambda: flash_attn.flash_attn_with_kvcache(q, k, k),
+    ):
+        with pytest.raises(ValueError, match=r"k with 3 heads for q's 6 is not supported"):
+            call()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_attention_probabilities(causal: bool, dropout: float) -> None:
+    q, k, v = torch.randn(2, 5, 3, 8), torch.randn(2, 9, 3, 8), torch.randn(2, 9, 3, 8)
+    options: dict[str, Any] = {"softmax_scale": 0.3, "causal": causal, "dropout_p": dropout}
+    square = torch.stack([k, k, v], 2)
+    ends = torch.tensor([0, 5, 10]).int(), torch.tensor([0, 9, 18]).int()
+    rows = [t.flatten(0, 1) for t in (q, k, v)]
+
+    cases: list[tuple[Any, Any, tuple[Tensor, Tensor]]] = [
+        (flash_attn.flash_attn_func, (q, k, v), (q, k)),
+        (flash_attn.flash_attn_kvpacked_func, (q, torch.stack([k, v], 2)), (q, k)),
+        (flash_attn.flash_attn_qkvpacked_func, (square,), (k, k)),
+        (flash_attn.flash_attn_varlen_func, (*rows, *ends, 6, 10), (q, k)),
+    ]
+    for function, args, (a, b) in cases:
+        torch.manual_seed(3)
+        expected = function(*args, **options)
+        torch.manual_seed(3)
+        out, lse, seen = function(*args, **options, return_attn_probs=True)
+        assert torch.equal(out, expected)
+        scores = 0.3 * torch.einsum("bihd,bjhd->bhij", a, b)
+        if causal:
+            hidden = ~torch.ones(a.shape[1], 9, dtype=torch.bool).tril(9 - a.shape[1])
+            scores = scores.masked_fill(hidden, -torch.inf)
+        if function is flash_attn.flash_attn_varlen_func:
+            assert lse.shape == (3, 10)
+            assert seen.shape == (2, 3, 6, 10)
+            assert not seen[:, :, 5:].any()
+            assert not seen[..., 9:].any()
+            lse = lse.unflatten(1, (2, 5)).transpose(0, 1)
+            seen, out = seen[:, :, :5, :9], out.unflatten(0, (2, 5))
+        torch.testing.assert_close(lse, scores.logsumexp(-1))
+        torch.testing.assert_close(seen.abs(), scores.softmax(-1))
+        assert (seen.signbit().float().mean() > 0.2) == (dropout > 0)
+        kept = seen.masked_fill(seen.signbit(), 0) / (1 - dropout)
+        torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bihd", kept, v))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -279,6 +331,26 @@ def test_liger_losses(reduction: str, square: float) -> None:
         found = torch.autograd.grad(loss.sum(), [x, weight], retain_graph=True)
         for ours, theirs in zip(found, gradients, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_liger_loss_has_the_dtype_of_the_logits(softcap: float | None) -> None:
+    logits = 3 * torch.randn(6, 37).bfloat16()
+    labels = torch.tensor([0, 5, -100, 36, 7, -100])
+    wide = logits.double()
+    if softcap:
+        wide = softcap * torch.tanh(wide / softcap)
+    for reduction in ("mean", "sum", "none"):
+        loss, z = liger.LigerCrossEntropyLoss(
+            reduction=reduction, softcap=softcap, lse_square_scale=1e-3, return_z_loss=True
+        )(logits, labels)
+        assert loss.dtype == z.dtype == torch.bfloat16
+        square = 1e-3 * wide.logsumexp(-1).square() * (labels != -100)
+        rows = F.cross_entropy(wide, labels, reduction="none") + square
+        for found, parts in ((loss, rows), (z, square)):
+            truth = {"mean": parts.sum() / 4, "sum": parts.sum(), "none": parts}[reduction]
+            # rounded once, to bf16's nearest
+            torch.testing.assert_close(found.double(), truth, rtol=2**-8, atol=1e-6)
 
 
 def test_liger_softcap_and_norm() -> None:

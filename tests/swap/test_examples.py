@@ -23,7 +23,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_curves_are_equal(name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module(f"gpt2fast.examples.{name}").main
     result = main(["--steps", "30", "--data", text, *TINY])
-    assert result.report.counts() == KINDS
+    tables = {"embedding": 2} if name == "huggingface_style" else {}
+    assert result.report.counts() == KINDS | tables
     assert len(result.original) == len(result.swapped) == 30
     # one rounding of a loss is 1.2e-7 of it, half a unit; 30 steps of Adam spread it by a few
     assert result.distance < 5e-6

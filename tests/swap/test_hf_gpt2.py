@@ -137,7 +137,7 @@ def test_padding_is_ours_and_other_masks_go_to_theirs(kind: str, op: str | None)
         {op} if op else set()
     )
     assert {"layer_norm_forward", "gelu_forward", "linear_cross_entropy_forward"} <= spy.seen
-    assert {"layer_norm_backward", "gelu_backward"} <= spy.seen
+    assert {"layer_norm_backward", "gelu_backward", "embedding_backward"} <= spy.seen
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:
@@ -351,7 +351,7 @@ def test_weights_and_files_stay(tmp_path: Path) -> None:
 def test_revert_gives_their_bits_back() -> None:
     plain, fast, report = pair()
     x = ids()
-    assert report.revert() == 10
+    assert report.revert() == 12
     assert report.revert() == 0
     assert all("forward" not in m.__dict__ for m in fast.modules())
     assert [vars(m).keys() for m in fast.modules()] == [vars(m).keys() for m in plain.modules()]
@@ -367,7 +367,7 @@ def test_a_wrapped_forward_is_not_torn_out() -> None:
         revert(fast)
     fast.transformer.ln_f.forward = inner
     report._models.append(__import__("weakref").ref(fast))
-    assert report.revert() == 10
+    assert report.revert() == 12
 
 
 def test_copies_and_pickles_work() -> None:
@@ -388,7 +388,7 @@ def test_applying_twice_is_applying_once() -> None:
     _, fast, first = pair()
     second = apply_gpt2fast_to_gpt2(fast)
     assert second.counts() == first.counts()
-    assert first.revert() == 10
+    assert first.revert() == 12
 
 
 class Lora(nn.Module):
@@ -455,7 +455,7 @@ def everywhere() -> Iterator[SwapReport]:
 def test_all_models_built_from_now_on(everywhere: SwapReport, tmp_path: Path) -> None:
     x = ids()
     first = make()
-    assert len(everywhere.replaced) == 10
+    assert len(everywhere.replaced) == 12
     first.save_pretrained(tmp_path)
     second = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     with torch.no_grad(), Spy() as spy:
@@ -519,13 +519,46 @@ def test_cross_attention() -> None:
 @pytest.mark.parametrize("name", ["GPT2Model", "GPT2ForSequenceClassification"])
 def test_models_without_a_language_head(name: str) -> None:
     plain, fast, report = pair(model=name, pad_token_id=0, num_labels=3)
-    assert report.counts() == {"layer_norm": 5, "attention": 2, "mlp": 2}
+    assert report.counts() == {"embedding": 2, "layer_norm": 5, "attention": 2, "mlp": 2}
     x = ids()
     theirs, ours = (m.eval()(x, output_hidden_states=True) for m in (plain, fast))
     torch.testing.assert_close(ours[0], theirs[0])
     assert len(ours.hidden_states) == 3
     for first, second in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"padding_idx": 3}, "padding_idx=3"),
+        ({"max_norm": 1.0}, "max_norm=1.0"),
+        ({"scale_grad_by_freq": True}, "scale_grad_by_freq=True"),
+        ({"sparse": True}, "sparse=True"),
+        ({}, ""),
+    ],
+)
+def test_an_embedding_with_options_is_left_alone(options: dict[str, Any], reason: str) -> None:
+    model = make(tie_word_embeddings=False)
+    rows, columns = model.transformer.wte.weight.shape
+    model.transformer.wte = nn.Embedding(rows, columns, **options)
+    report = apply_gpt2fast_to_gpt2(model)
+    entry = next(e for e in report.entries if e.name == "transformer.wte")
+    assert (entry.replaced, entry.reason) == (not reason, reason)
+
+
+def test_a_frozen_embedding_and_evaluation_are_theirs() -> None:
+    _, fast, _ = pair()
+    x = ids()
+    with Spy() as spy:
+        fast.eval()
+        with torch.no_grad():
+            fast(x)
+        fast.transformer.wte.weight.requires_grad_(False)
+        fast.transformer.wpe.weight.requires_grad_(False)
+        fast.train()(x, labels=x).loss.backward()
+    assert "layer_norm_backward" in spy.seen
+    assert "embedding_forward" not in spy.seen
 
 
 def test_dropout_is_drawn_in_training_only() -> None:
@@ -547,7 +580,7 @@ def test_dropout_is_drawn_in_training_only() -> None:
 
 def test_only_what_is_wanted() -> None:
     model = make()
-    report = apply_gpt2fast_to_gpt2(model, attention=False, loss=False)
+    report = apply_gpt2fast_to_gpt2(model, attention=False, loss=False, embedding=False)
     assert report.counts() == {"layer_norm": 5, "mlp": 2}
     assert type(model.train()(ids(), labels=ids()).logits) is Tensor
 
@@ -564,5 +597,11 @@ def test_inside_a_wrapper_and_wrong_arguments() -> None:
 def test_optimize_hands_it_over() -> None:
     model = make()
     report = gpt2fast.optimize(model)
-    assert report.counts() == {"loss": 1, "layer_norm": 5, "attention": 2, "mlp": 2}
-    assert report.revert() == 10
+    assert report.counts() == {
+        "loss": 1,
+        "embedding": 2,
+        "layer_norm": 5,
+        "attention": 2,
+        "mlp": 2,
+    }
+    assert report.revert() == 12

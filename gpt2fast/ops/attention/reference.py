@@ -45,6 +45,25 @@ def dropout_mask(
     return (x >> 8) >= int(dropout_p * 2**24 + 0.5)
 
 
+def _softmax(
+    q: Tensor, k: Tensor, diagonal: int | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The scores of (B, H, T, D), -inf where a key is hidden, and their softmax, 0 there."""
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    if diagonal is None:
+        return scores, torch.softmax(scores, -1)
+    queries, keys = scores.shape[-2:]
+    i = torch.arange(queries, device=q.device)[:, None]
+    hidden = torch.arange(keys, device=q.device) > i + diagonal
+    scores = scores.masked_fill(hidden, -math.inf)
+    # all-hidden rows are nan in the softmax; their gradient ends at the fill above
+    return scores, torch.softmax(scores, -1).masked_fill(hidden, 0.0)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -61,25 +80,34 @@ def attention(
     batch entries from `first_batch` on.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
-    scores = (q @ k.transpose(-1, -2)) * scale
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
-    if diagonal is not None:
-        queries, keys = scores.shape[-2:]
-        i = torch.arange(queries, device=q.device)[:, None]
-        hidden = torch.arange(keys, device=q.device) > i + diagonal
-        scores = scores.masked_fill(hidden, -math.inf)
-        # all-hidden rows are nan in the softmax; their gradient ends at the fill above
-        probabilities = torch.softmax(scores, -1).masked_fill(hidden, 0.0)
-    else:
-        probabilities = torch.softmax(scores, -1)
+    _, probabilities = _softmax(q, k, diagonal, scale)
     if seed is not None:
         keep = dropout_mask(seed, tuple(probabilities.shape), dropout_p, first_batch)
         factor = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         probabilities = (probabilities * factor).masked_fill(~keep, 0.0)
     return (probabilities.to(v.dtype) @ v).transpose(1, 2)
+
+
+@torch.no_grad()
+def lse_and_probabilities(
+    q: Tensor,
+    k: Tensor,
+    diagonal: int | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`attention` makes on its way, to look at: the log of the sum of exponentials of
+    each query's scores, (B, H, Tq), and the probabilities (B, H, Tq, Tk), with a minus where
+    dropout drops them; fp32."""
+    scores, probabilities = _softmax(
+        q.transpose(1, 2).float(), k.transpose(1, 2).float(), diagonal, scale
+    )
+    if seed is not None:
+        keep = dropout_mask(seed, tuple(probabilities.shape), dropout_p, first_batch)
+        probabilities = torch.where(keep, probabilities, -probabilities)
+    return scores.logsumexp(-1), probabilities
 
 
 def documents(
