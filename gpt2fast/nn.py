@@ -16,6 +16,11 @@ from gpt2fast import functional
 __all__ = ["GELU", "MLP", "Block", "CausalSelfAttention", "CrossEntropyLoss", "LayerNorm", "Linear"]
 
 
+#: Attention of one layer: queries, keys and values (B, T, H, D) of a call and the dropout
+#: probability -> (B, T, H, D).
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
 class Linear(nn.Linear):
     """torch.nn.Linear, on :func:`gpt2fast.functional.linear`.
 
@@ -28,10 +33,6 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """x (..., C) -> (..., D)."""
         return functional.linear(input, self.weight, self.bias)
-
-#: Attention of one layer: queries, keys and values (B, T, H, D) of a call and the dropout
-#: probability -> (B, T, H, D).
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 class LayerNorm(nn.LayerNorm):

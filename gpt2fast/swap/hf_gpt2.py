@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gpt2fast import functional
 from gpt2fast.backends import keep_freed_memory
-from gpt2fast.swap.conv1d import conv1d_gelu_mlp
+from gpt2fast.swap.conv1d import conv1d, conv1d_gelu_mlp
 from gpt2fast.swap.lazy_logits import lazy_head
 from gpt2fast.swap.proof import is_tanh_gelu
 from gpt2fast.swap.report import (
@@ -87,7 +87,7 @@ def attention(
             kwargs["attention_mask"] = attention_mask
         return original(self, hidden_states, *args, **kwargs)
     batch, length, _ = hidden_states.shape
-    qkv = self.c_attn(hidden_states)
+    qkv = _project(self.c_attn, hidden_states)
     qkv = qkv.view(batch, length, 3, self.num_heads, self.head_dim)
     dropout = self.attn_dropout.p if self.training else 0.0
     scale = getattr(self, "scaling", None)  # 4.57: SDPA's own, 1 / sqrt(head size)
@@ -111,8 +111,15 @@ def attention(
             key, value = key[:, :, :length], value[:, :, :length]
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         out = functional.flash_attn_func(query, key, value, dropout, scale, causal=length > 1)
-    out = self.c_proj(out.reshape(batch, length, -1))
+    out = _project(self.c_proj, out.reshape(batch, length, -1))
     return self.resid_dropout(out), None
+
+
+def _project(module: Any, x: Tensor) -> Tensor:
+    """A Conv1D's forward; an adapter or a hook is called as it is."""
+    if is_plain(module, _CLASSES["Conv1D"]):
+        return conv1d(x, module.weight, module.bias)
+    return module(x)
 
 
 @dataclass(frozen=True)
