@@ -17,7 +17,7 @@ cd build/sanitize
 
 GPT2FAST_SANITIZE=address,undefined GPT2FAST_TEST_WIDE=1 GPT2FAST_REQUIRE=cpu GPT2FAST_SKIP=cuda \
   python -m pip install -q --no-deps --upgrade --target installed .
-cp installed/gpt2fast/_* gpt2fast
+cp installed/gpt2fast/_*.so installed/gpt2fast/_build_info.json gpt2fast
 
 if [ $# -eq 0 ]; then set -- tests/ops tests/test_decoding.py; fi
 compiler=${CXX:-c++}

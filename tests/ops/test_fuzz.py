@@ -2,6 +2,10 @@
 
 A test's examples are few and always the same. `GPT2FAST_FUZZ=2000 pytest tests/ops/test_fuzz.py` runs
 so many new ones a test. An example also draws the instruction set and the number of threads.
+
+The reference's error is a random number, too: where an output has one or a few elements it may be near
+zero, and twice it is missed by luck. Among thousands of examples that happens, so the long run draws
+such an example's values again, and says that it is wrong where three draws are.
 """
 
 import copy
@@ -13,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
@@ -36,11 +41,13 @@ from gpt2fast.functional import (
     linear_cross_entropy,
     scaled_dot_product_attention,
 )
+from gpt2fast.ops.linear import cpu
 from tests.conftest import cpu_isa, runnable_isas
 from tests.ops.numerics import DTYPES, assert_accurate, compare
 from tests.test_decoding import gpt, int8_bounds, last_logits, stored
 
 EXAMPLES = int(os.environ.get("GPT2FAST_FUZZ", "0"))
+DRAWS = 3 if EXAMPLES else 1
 fuzz = settings(
     max_examples=EXAMPLES or 25,
     derandomize=not EXAMPLES,
@@ -95,6 +102,17 @@ def layouts(draw: st.DrawFn, shape: Shape, shared: Sequence[int] | None = None) 
     return Layout(tuple(extents), order, tuple(slices), shape)
 
 
+def with_luck(seed: int, test: Callable[[int], None]) -> None:
+    """`test` with values of one seed, or of the next where it fails."""
+    for draw in range(DRAWS):
+        torch.manual_seed(seed + draw)
+        try:
+            return test(seed + draw)
+        except AssertionError:
+            if draw == DRAWS - 1:
+                raise
+
+
 @contextmanager
 def somewhere(data: st.DataObject) -> Iterator[int]:
     """On one instruction set with some threads; gives a seed for values."""
@@ -138,8 +156,8 @@ def check(
     wanted = data.draw(st.sets(st.sampled_from(list(shapes)), min_size=1), "wanted")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     turn = data.draw(st.randoms(use_true_random=False), "order of outputs").random()
-    with somewhere(data) as seed:
 
+    def test(seed: int) -> None:
         def run(**bases: Tensor) -> list[Tensor]:
             torch.manual_seed(seed)  # of dropout
             result = function(
@@ -150,6 +168,9 @@ def check(
 
         bases = {name: make(found[name].base) for name, (_, make) in makers.items()}
         assert_accurate(run, bases, dtype=dtype, wanted=sorted(wanted))
+
+    with somewhere(data) as seed:
+        with_luck(seed, test)
 
 
 def some(data: st.DataObject, shapes: dict[str, Shape]) -> dict[str, Shape]:
@@ -175,6 +196,27 @@ def test_add_layer_norm(data: st.DataObject, dropout_p: float) -> None:
     given = dict.fromkeys(("x", "residual"), (*leading, width))
     given |= some(data, {"weight": (width,), "bias": (width,)})
     check(data, add_layer_norm, given, dropout_p=dropout_p)
+
+
+@fuzz
+@given(st.data(), SIZES, WIDTHS, WIDTHS, st.booleans())
+def test_linear(data: st.DataObject, rows: int, columns: int, depth: int, with_bias: bool) -> None:
+    """Products by the kernel whatever machine and size: the rows of x, w or both may be columns."""
+    found = [data.draw(layouts(s, ())) for s in ((rows, depth), (depth, columns), (columns,))]
+    add = data.draw(st.booleans(), "add") and not with_bias
+
+    def test(seed: int) -> None:
+        a, b, bias = (layout.view(torch.randn(layout.base)) for layout in found)
+        bias, out = (bias.contiguous() if with_bias else None), torch.randn(rows, columns)
+        start = out.clone() if add else torch.zeros(())
+        expected, truth = start + a @ b, start.double() + a.double() @ b.double()
+        if bias is not None:
+            expected, truth = expected + bias, truth + bias.double()
+        compare("out", cpu.matmul(a, b, bias, out, add), expected, truth)
+
+    with somewhere(data) as seed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "serves", lambda *given: True)
+        with_luck(seed, test)
 
 
 @fuzz
@@ -400,7 +442,8 @@ def test_decoding_products(
     data: st.DataObject, rows: int, outputs: int, columns: int, with_bias: bool, weights: Any
 ) -> None:
     found = [data.draw(layouts(s)) for s in ((rows, columns), (outputs, columns), (outputs,))]
-    with somewhere(data):
+
+    def test(seed: int) -> None:
         x, weight, bias = (layout.view(torch.randn(layout.base)) for layout in found)
         packed = pack(weight, weights)
         y = packed.linear(x, bias if with_bias else None)
@@ -413,6 +456,9 @@ def test_decoding_products(
             near = int8_bounds(x, packed)[0] + torch.finfo(y.dtype).eps * truth.abs()
             assert ((y - truth).abs() <= near).all()
 
+    with somewhere(data) as seed:
+        with_luck(seed, test)
+
 
 @fuzz
 @given(st.data(), FEW_FROM_ONE, FEW_FROM_ONE, st.integers(1, 40), WIDTHS, st.lists(FEW_FROM_ONE))
@@ -422,7 +468,8 @@ def test_decoder(
     """Prompt and tokens, against the model on the reference with the weights as stored."""
     weights = data.draw(st.sampled_from(WEIGHTS[:2]), "weights")
     parts = [data.draw(st.integers(1, 90), "prompt"), *parts[:4]]
-    with somewhere(data):
+
+    def test(seed: int) -> None:
         model = gpt(
             n_layer=1, n_head=heads, n_embd=heads * size, vocab_size=vocabulary, block_size=120
         )
@@ -432,3 +479,6 @@ def test_decoder(
             logits = decoder.forward_cached(part, cache)
         truth = last_logits(copy.deepcopy(rounded).double(), idx)
         compare("logits", logits, last_logits(rounded, idx), truth)
+
+    with somewhere(data) as seed:
+        with_luck(seed, test)
