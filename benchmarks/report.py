@@ -74,6 +74,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
     for op in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == op]
         variants = list(dict.fromkeys(row["variant"] for row in mine))
+        base = BASE if BASE in variants else variants[0]  # Hugging Face's own model
         lines = []
         for label, direction in dict.fromkeys((row["label"], row["direction"]) for row in mine):
             found = {
@@ -91,8 +92,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
                     label,
                     direction,
                     *(_time(found[v]["median"]) if v in found else "" for v in variants),
-                    f"{found[BASE]['median'] / ours['median']:.2f}x"
-                    if ours and BASE in found
+                    f"{found[base]['median'] / ours['median']:.2f}x"
+                    if ours and base in found
                     else "",
                     f"{min(peers) / ours['median']:.2f}x" if ours and peers else "",
                     _rate(ours) if ours else "",

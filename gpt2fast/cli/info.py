@@ -131,7 +131,7 @@ def _products() -> str:
     from gpt2fast.ops.linear import cpu
 
     if cpu.preferred():
-        return f"gpt2fast for {cpu.LEAST_ROWS} to {cpu.MOST_ROWS} rows, PyTorch's BLAS for more"
+        return "gpt2fast's kernel; PyTorch's BLAS where that is faster"
     return "PyTorch's BLAS"
 
 

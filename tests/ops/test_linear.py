@@ -102,7 +102,7 @@ def test_nan_and_infinity_stay_in_their_row_and_column(isa: str, value: float) -
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4, 64), (2, 3, 200), (257,), (600,), (3,)], ids=str)
 def test_linear(isa: str, shape: tuple[int, ...], bias: bool) -> None:
-    """Rows that are the kernel's and rows that are the BLAS's."""
+    """Rows of which all, some or no products are the kernel's."""
     given = {"x": torch.randn(*shape, 80), "weight": torch.randn(130, 80), "bias": None}
     if bias:
         given["bias"] = torch.randn(130)

@@ -1,7 +1,8 @@
 """Matrix products in fp32 on the C++ kernel (csrc/linear/linear_cpu.cpp), where it beats the BLAS.
 
-Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): 1.1 to 1.4 times MKL's rate
-at 256 rows, 2 to 3 times at 8 to 32; level at 1024. On Intel's CPUs MKL is at home, and other builds of
+Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): x W^T runs at 1.1 to 1.4 times
+MKL's rate, at 8 to 32 rows 2 to 3 times; the two products of backward at 0.9 to 1.2 times at 256 rows
+and level at 1024, where they are left to MKL. On Intel's CPUs MKL is at home, and other builds of
 PyTorch have other libraries: there PyTorch's product is taken.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from gpt2fast.backends import BackendUnavailable, cpu_extension, cpu_kernels
 from gpt2fast.ops.registry import DTYPE_CODES
 
-LEAST_ROWS, MOST_ROWS = 4, 512  # of activations, for which the kernel is the faster one
+LEAST_ROWS, MOST_ROWS = 4, 512  # of activations; x W^T has no upper limit
 WORK = 1 << 18  # multiplications below which a call's Python costs more than is gained
 
 
@@ -40,9 +41,9 @@ def _preferred() -> bool:
 
 
 def serves(rows: int, work: int, *tensors: Tensor) -> bool:
-    """Whether a product of `work` multiplications with `rows` rows of activations is the kernel's."""
+    """Whether a product of `work` multiplications with `rows` rows of activations may be ours."""
     return (
-        LEAST_ROWS <= rows <= MOST_ROWS
+        rows >= LEAST_ROWS
         and work >= WORK
         and _preferred()
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
@@ -66,9 +67,11 @@ def matmul(
     """
     (rows, depth), columns = a.shape, b.shape[1]
     a_across, b_across = a.stride(1) != 1, b.stride(1) != 1
+    activations = depth if a_across else rows
     fits = (
         not torch.compiler.is_compiling()  # a compiler cannot look into the kernel
-        and serves(depth if a_across else rows, rows * columns * depth, a, b)
+        and serves(activations, rows * columns * depth, a, b)
+        and (b_across or activations <= MOST_ROWS)
         and not (a_across and (b_across or a.stride(0) != 1))
         and not (b_across and b.stride(0) != 1)
     )
