@@ -128,9 +128,11 @@ def _gpus() -> str:
 
 def _products() -> str:
     """Who multiplies matrices in fp32 on the CPU."""
+    import torch
+
     from gpt2fast.ops.linear import cpu
 
-    if cpu.preferred():
+    if cpu.preferred(torch.get_num_threads()):
         return "gpt2fast's kernel; PyTorch's BLAS where that is faster"
     return "PyTorch's BLAS"
 

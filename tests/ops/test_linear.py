@@ -145,11 +145,12 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu.preferred.cache_clear()
     vectors = cpu_extension().runnable[-1] != "portable"
     wanted = cpu_extension().amd and vectors and torch.backends.mkl.is_available()
-    assert cpu.preferred() == wanted
+    assert cpu.preferred(1) == cpu.preferred(cpu.MOST_THREADS) == wanted
+    assert not cpu.preferred(cpu.MOST_THREADS + 1)
     monkeypatch.setenv("GPT2FAST_CPU_MATMUL", "mkl")
     cpu.preferred.cache_clear()
     with pytest.raises(ValueError, match="auto, kernel or blas, got 'mkl'"):
-        cpu.preferred()
+        cpu.preferred(1)
 
 
 def test_only_what_is_wanted(isa: str) -> None:

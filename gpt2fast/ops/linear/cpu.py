@@ -16,12 +16,13 @@ from gpt2fast.backends import BackendUnavailable, cpu_extension, cpu_kernels
 from gpt2fast.ops.registry import DTYPE_CODES
 
 LEAST_ROWS, MOST_ROWS = 4, 512  # of activations; x W^T has no upper limit
+MOST_THREADS = 8  # each packs for itself; two have been measured
 WORK = 1 << 18  # multiplications below which a call's Python costs more than is gained
 
 
 @functools.cache
-def preferred() -> bool:
-    """Whether the kernel is used; GPT2FAST_CPU_MATMUL=kernel or =blas decides otherwise."""
+def preferred(threads: int) -> bool:
+    """Whether so many threads use the kernel; GPT2FAST_CPU_MATMUL=kernel or =blas decides otherwise."""
     choice = os.environ.get("GPT2FAST_CPU_MATMUL", "auto")
     if choice not in ("auto", "kernel", "blas"):
         raise ValueError(f"GPT2FAST_CPU_MATMUL must be auto, kernel or blas, got {choice!r}")
@@ -32,12 +33,13 @@ def preferred() -> bool:
     except BackendUnavailable:
         return False
     vectors = extension.runnable[-1] != "portable"
-    return bool(extension.amd) and vectors and torch.backends.mkl.is_available()
+    measured = bool(extension.amd) and vectors and torch.backends.mkl.is_available()
+    return measured and threads <= MOST_THREADS
 
 
 @torch.compiler.assume_constant_result
 def _preferred() -> bool:
-    return preferred()
+    return preferred(torch.get_num_threads())
 
 
 def serves(rows: int, work: int, *tensors: Tensor) -> bool:
