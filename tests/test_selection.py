@@ -75,4 +75,5 @@ def test_every_op_has_a_room() -> None:
     rooms = {
         p.parent.name for p in (Path(backends.__file__).parent / "ops").glob("*/functional.py")
     }
-    assert rooms == set(backends.OPS)
+    # linear has kernels for CPUs only, so nothing is chosen on a GPU.
+    assert rooms == {*backends.OPS, "linear"}
