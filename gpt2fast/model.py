@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gpt2fast import functional
+from gpt2fast.backends import choose
 from gpt2fast.nn import Attend, Block, LayerNorm, init_gpt2
 from gpt2fast.ops.registry import is_eager
 from gpt2fast.optim import AdamW
@@ -316,9 +317,13 @@ class GPT(nn.Module):
             raise ValueError("a cache holds one document a row: cu_seqlens cannot be given, too")
 
     def _tables(self) -> tuple[Tensor, Tensor]:
-        """The tied weight, as the embedding and as the head are to use it."""
+        """The tied weight, as the embedding and as the head are to use it.
+
+        The reference is differentiated by PyTorch alone, any number of times.
+        """
         weight = self.transformer.wte.weight
-        if torch.is_grad_enabled() and weight.device.type == "cpu" and is_eager(weight):
+        trained = torch.is_grad_enabled() and weight.device.type == "cpu" and is_eager(weight)
+        if trained and choose(weight, "embedding") != "reference":
             return _Tied.apply(weight)
         return weight, weight
 

@@ -437,6 +437,18 @@ def test_tied_gradient(backend: str) -> None:
         assert model.transformer.wpe.weight.grad is not None
 
 
+def test_second_derivatives_on_the_reference() -> None:
+    """It is plain PyTorch throughout."""
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=30, block_size=16))
+    idx = torch.randint(30, (2, 9))
+    weight = model.transformer.wte.weight
+    with gpt2fast.use_backend("reference"):
+        (gradient,) = torch.autograd.grad(model(idx, idx)[1], weight, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), weight)
+    assert second.isfinite().all()
+    assert second.any()
+
+
 def test_gradient_checkpointing_changes_no_bit() -> None:
     """Blocks are computed twice, with the same dropout."""
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=30, block_size=8, dropout=0.2))

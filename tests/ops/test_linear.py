@@ -69,6 +69,16 @@ def test_product(
         assert torch.equal(wide[:, columns:], start[:, columns:])
 
 
+def test_bias_and_result_of_any_stride(isa: str) -> None:
+    a, b = torch.randn(64, 80), torch.randn(130, 80).t()
+    bias, wide = torch.randn(260)[::2], torch.zeros(64, 260)
+    expected, exact = a @ b + bias, a.double() @ b.double() + bias.double()
+    compare("bias", cpu.matmul(a, b, bias), expected, exact)
+    cpu.matmul(a, b, bias, out=wide[:, ::2])
+    compare("out", wide[:, ::2], expected, exact)
+    assert not wide[:, 1::2].any()
+
+
 def test_threads_do_not_change_bits(isa: str) -> None:
     before = torch.get_num_threads()
     for a_across, b_across in ((False, True), (False, False), (True, False)):

@@ -62,10 +62,9 @@ def matmul(
     """a (M, K) @ b (K, N) + bias (N,), or `out` + a @ b where `add` is set; by whom it is fastest.
 
     Args:
-        a, b: of any strides; the kernel takes rows or columns that are contiguous, but not columns
-            in both.
-        bias: contiguous, of their dtype; not beside `add`.
-        out: (M, N) with contiguous rows.
+        a, b, out: of any strides; the kernel takes rows or columns that are contiguous, but not
+            columns in both a and b, nor in out (M, N).
+        bias: of their dtype; not beside `add`.
     """
     (rows, depth), columns = a.shape, b.shape[1]
     a_across, b_across = a.stride(1) != 1, b.stride(1) != 1
@@ -76,6 +75,7 @@ def matmul(
         and (b_across or activations <= MOST_ROWS)
         and not (a_across and (b_across or a.stride(0) != 1))
         and not (b_across and b.stride(0) != 1)
+        and (out is None or out.stride(1) == 1)
     )
     if not fits:
         if add:
@@ -93,6 +93,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool) -
     """`matmul` by the kernel."""
     (rows, depth), columns = a.shape, b.shape[1]
     a_across, b_across = a.stride(1) != 1, b.stride(1) != 1
+    bias = None if bias is None else bias.contiguous()
     kernels, threads = cpu_kernels(), torch.get_num_threads()
     size = kernels.matmul_workspace(rows, columns, depth, a_across, b_across, threads)
     workspace = a.new_empty((size,))
