@@ -137,7 +137,8 @@ def test_cross_entropy_beyond_32_bit_offsets() -> None:
     last = logits[-1:, :50257].detach().float().requires_grad_()
     expected = F.cross_entropy(last, targets[-1:])
     (expected_grad,) = torch.autograd.grad(expected, last)
-    # Half an ulp of bf16; and fp32's roundings of x - lse, up to 16, in both, and as much for lse.
+    # Half a unit of bf16's 8 bits. In fp32 an absolute error of x - lse is a relative one of its exp:
+    # |x - lse| < 32 is rounded by 16 * 2^-24 at most, lse < 32 by as much, on either side.
     ours = grad[-1:, :50257].float() * rows
     torch.testing.assert_close(ours, expected_grad, rtol=2**-9 + 64 * 2**-24, atol=0)
     assert not grad[-1, 50257:].any()

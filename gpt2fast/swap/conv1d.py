@@ -22,7 +22,8 @@ from gpt2fast.backends import choose
 from gpt2fast.ops.checks import autocast
 from gpt2fast.ops.gelu.autograd import gelu_backward, gelu_forward
 from gpt2fast.ops.gelu_mlp import reference
-from gpt2fast.ops.linear.cpu import column_sum, matmul, serves
+from gpt2fast.ops.linear.cpu import column_sum, matmul
+from gpt2fast.ops.linear.functional import suits
 from gpt2fast.ops.registry import apply, call, is_eager, rows
 
 
@@ -94,9 +95,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     flat = rows(x)
     given = (flat, weight, bias)
-    ours = serves(flat.shape[0], flat.numel() * weight.shape[1], *given) and is_eager(*given)
-    ours = ours and not torch.is_autocast_enabled("cpu") and choose(x) == "cpu"
-    if ours and weight.is_contiguous() and bias.is_contiguous():
+    if is_eager(*given) and suits(flat.shape[0], flat.numel() * weight.shape[1], *given):
         y = _Conv1d.apply(*given)
     else:
         y = torch.addmm(bias, flat, weight)

@@ -309,46 +309,37 @@ DROPOUT = st.sampled_from([0.0, 0.0, 0.3, 1.0])
 SCALES = st.sampled_from([None, None, 0.3, -0.2, 0.0])
 
 
+def attention_options(
+    data: st.DataObject, scale: str = "softmax_scale", causal: str = "causal"
+) -> dict[str, Any]:
+    """The options of attention, two of which have other names in PyTorch's function."""
+    drawn = (data.draw(kind) for kind in (DROPOUT, SCALES, st.booleans()))
+    return dict(zip(("dropout_p", scale, causal), drawn, strict=True))
+
+
 @fuzz
-@given(st.data(), FEW, SIZES, SIZES, FEW, WIDTHS, DROPOUT, SCALES, st.booleans())
+@given(st.data(), FEW, SIZES, SIZES, FEW, WIDTHS)
 def test_attention(
-    data: st.DataObject,
-    batch: int,
-    queries: int,
-    keys: int,
-    heads: int,
-    size: int,
-    dropout_p: float,
-    scale: float | None,
-    causal: bool,
+    data: st.DataObject, batch: int, queries: int, keys: int, heads: int, size: int
 ) -> None:
     if data.draw(st.booleans(), "flash"):
         shape = (batch, keys, heads, size)
         given = {"q": (batch, queries, heads, size), "k": shape, "v": shape}
-        options = {"dropout_p": dropout_p, "softmax_scale": scale, "causal": causal}
-        check(data, flash_attn_func, given, shared=(0, 2), **options)
+        check(data, flash_attn_func, given, shared=(0, 2), **attention_options(data))
     else:
         shape = (batch, heads, keys, size)
         given = {"query": (batch, heads, queries, size), "key": shape, "value": shape}
-        options = {"dropout_p": dropout_p, "scale": scale, "is_causal": causal}
+        options = attention_options(data, "scale", "is_causal")
         check(data, scaled_dot_product_attention, given, shared=(0, 1), **options)
 
 
 @fuzz
-@given(st.data(), FEW, SIZES, FEW, WIDTHS, DROPOUT, SCALES, st.booleans())
+@given(st.data(), FEW, SIZES, FEW, WIDTHS)
 def test_packed_attention(
-    data: st.DataObject,
-    batch: int,
-    length: int,
-    heads: int,
-    size: int,
-    dropout_p: float,
-    scale: float | None,
-    causal: bool,
+    data: st.DataObject, batch: int, length: int, heads: int, size: int
 ) -> None:
-    options = {"dropout_p": dropout_p, "softmax_scale": scale, "causal": causal}
     given = {"qkv": (batch, length, 3, heads, size)}
-    check(data, flash_attn_qkvpacked_func, given, shared=(0, 3), **options)
+    check(data, flash_attn_qkvpacked_func, given, shared=(0, 3), **attention_options(data))
 
 
 @fuzz

@@ -41,11 +41,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
         return False
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return False
     given = [x, weight] if bias is None else [x, weight, bias]
+    return suits(x.numel() // max(1, x.shape[-1]), x.numel() * weight.shape[0], *given)
+
+
+def suits(rows: int, work: int, *given: Tensor) -> bool:
+    """Whether a layer of `rows` rows and `work` multiplications may run on our products now."""
     return (
-        cpu.serves(x.numel() // max(1, x.shape[-1]), x.numel() * weight.shape[0], *given)
+        cpu.serves(rows, work, *given)
         and all(t.is_contiguous() for t in given)
-        and (bias is None or bias.shape == weight.shape[:1])
         and not torch.is_autocast_enabled("cpu")
-        and choose(x) == "cpu"
+        and choose(given[0]) == "cpu"
     )
