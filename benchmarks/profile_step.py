@@ -33,7 +33,7 @@ def main() -> None:
         for batch in batches[:2]:
             step(batch, batch)
         activity = ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU
-        with profile(activities=[ProfilerActivity.CPU, activity]) as profiler:
+        with profile(activities={ProfilerActivity.CPU, activity}) as profiler:
             for batch in batches[2:]:
                 step(batch, batch)
             if DEVICE.type == "cuda":
