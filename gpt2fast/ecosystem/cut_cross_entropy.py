@@ -34,7 +34,8 @@ def linear_cross_entropy(
     impl: str | Any = "cce",
     vocab_parallel_options: Any = None,
 ) -> Tensor:
-    """Cross-entropy of e @ c.T with targets; the logits never exist whole.
+    """Cross-entropy of e @ c.T with targets; the logits never exist whole. On
+    :func:`gpt2fast.functional.linear_cross_entropy`.
 
     No gradient is left out for being small, as the original's filters do: the result is that of
     its "torch_compile" implementation.

@@ -399,6 +399,8 @@ def flash_attn_with_kvcache(
     Raises:
         TypeError, ValueError: a wrong or unsupported argument, named.
 
+    Source: :func:`gpt2fast.functional.flash_attn_func`; the original, flash_attn_interface.py.
+
     >>> cache = torch.zeros(2, 1, 16, 4, 8)
     >>> q, k, v = torch.randn(3, 1, 1, 4, 8)
     >>> flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=3, causal=True).shape
@@ -523,6 +525,8 @@ def layer_norm_fn(
     Raises:
         TypeError, ValueError: a wrong or unsupported argument, named.
 
+    Source: :func:`gpt2fast.functional.add_layer_norm`; the original, ops/triton/layer_norm.py.
+
     >>> x = torch.randn(2, 5, 8)
     >>> y, s = layer_norm_fn(x, torch.ones(8), None, residual=x, prenorm=True)
     """
@@ -582,6 +586,8 @@ def cross_entropy_loss(
 
     Raises:
         TypeError, ValueError: a wrong or unsupported argument, named.
+
+    Source: :func:`gpt2fast.functional.cross_entropy`; the original, losses/cross_entropy.py.
 
     >>> losses, z = cross_entropy_loss(torch.randn(4, 9), torch.tensor([1, 2, -100, 8]))
     """

@@ -325,7 +325,9 @@ def test_liger_losses(reduction: str, square: float) -> None:
     gradients = torch.autograd.grad(expected.sum(), [x, weight], retain_graph=True)
     plain = liger.LigerCrossEntropyLoss(**options)(logits, labels)
     fused = liger.LigerFusedLinearCrossEntropyLoss(**options)(weight, x, labels)
-    for loss, z in (plain, fused):
+    for output in (plain, fused):
+        assert output.token_accuracy is output.predicted_tokens is None
+        loss, z = output.loss, output.z_loss
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(z, reduce[reduction](lse_square).detach())
         found = torch.autograd.grad(loss.sum(), [x, weight], retain_graph=True)
@@ -341,9 +343,10 @@ def test_liger_loss_has_the_dtype_of_the_logits(softcap: float | None) -> None:
     if softcap:
         wide = softcap * torch.tanh(wide / softcap)
     for reduction in ("mean", "sum", "none"):
-        loss, z = liger.LigerCrossEntropyLoss(
+        output = liger.LigerCrossEntropyLoss(
             reduction=reduction, softcap=softcap, lse_square_scale=1e-3, return_z_loss=True
         )(logits, labels)
+        loss, z = output.loss, output.z_loss
         assert loss.dtype == z.dtype == torch.bfloat16
         square = 1e-3 * wide.logsumexp(-1).square() * (labels != -100)
         rows = F.cross_entropy(wide, labels, reduction="none") + square
