@@ -1,13 +1,15 @@
 """Runs other packages' tests of the functions that gpt2fast.ecosystem names, on our functions.
 
-    python -m tests.peers.run_kernels liger|flash_attn|cut_cross_entropy CHECKOUT [--each N] [options]
+    python -m tests.peers.run_kernels liger|flash_attn|quack|cut_cross_entropy CHECKOUT [options]
 
 CHECKOUT is a clone of the package's repository; the package is not installed, nothing is copied here.
 Its tests are written for a GPU: without one, what they make "on cuda" is made on the CPU. The names
 are replaced by ours before a test file is imported. `--each N` takes N variants of every test
-function at most, drawn evenly, since some have tens of thousands, and `--largest N` none with a
-number above N. A refusal ("is not supported by gpt2fast's ...") counts as skipped with its reason;
-everything else that is not right is a failure. Torch's losses and norms, which tests compare with,
+function at most, drawn evenly, since some have tens of thousands, `--largest N` none with a
+number above N, and `--rows N` gives random matrices N rows at most; other options are pytest's. A
+refusal ("is not supported by gpt2fast's ...") counts as skipped with its reason, and so does a
+kernel of theirs that a test compares with and that needs a GPU; everything else that is not right
+is a failure. Torch's losses and norms, which tests compare with,
 are taken in fp64 on a CPU.
 
 Seen on 22 November 2026 on a CPU: cut-cross-entropy at d42911f, 60 variants a function: 23
@@ -35,6 +37,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from gpt2fast.ecosystem import cut_cross_entropy, flash_attn, liger
+from tests.peers import quack
 
 #: The files of a package's tests, where its modules lie, and which names of which become ours.
 PEERS: dict[str, tuple[list[str], str, dict[str, Any]]] = {
@@ -69,6 +72,7 @@ PEERS: dict[str, tuple[list[str], str, dict[str, Any]]] = {
         "cut_cross_entropy",
         {"cut_cross_entropy": cut_cross_entropy},
     ),
+    "quack": ([f"tests/test_{name}.py" for name in quack.FILES], "quack", {}),
 }
 #: Autograd functions that tests call directly.
 FUNCTIONS = {
@@ -90,6 +94,8 @@ HELPERS = {
 }
 #: Modules of a package that only a GPU build has.
 COMPILED = ("flash_attn_2_cuda",)
+#: What Triton says where there is no GPU, when a test calls a kernel of its own package.
+NO_GPU = ("libcuda.so cannot found", "0 active drivers")
 
 
 class OnCpu(TorchFunctionMode):
@@ -110,11 +116,26 @@ class OnCpu(TorchFunctionMode):
         args = tuple(
             "cpu" if isinstance(a, (str, torch.device)) and "cuda" in str(a) else a for a in args
         )
+        args = self.fewer_rows(function, args)
         if function in YARDSTICKS and args[0].device.type == "cpu":
             wide = [a.double() if is_floating(a) else a for a in args]
             named = {name: a.double() if is_floating(a) else a for name, a in kwargs.items()}
             return function(*wide, **named).to(args[0].dtype)
         return function(*args, **kwargs)
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def fewer_rows(self, function: Callable[..., Any], args: Any) -> Any:
+        """Random logits, targets and permutations of their rows, with `rows` at most."""
+        if function is torch.randn and len(args) == 2 and isinstance(args[0], int):
+            return min(args[0], self.rows), args[1]
+        if function is torch.randint and len(args) == 3 and len(args[2]) == 1:
+            return *args[:2], (min(args[2][0], self.rows),)
+        if function is torch.randperm:
+            return (min(args[0], self.rows),)
+        return args
 
 
 #: What tests compare with, of torch.
@@ -140,6 +161,9 @@ def pretend() -> None:
 
 def put_ours(checkout: Path, name: str) -> None:
     """Imports the package's modules without its `__init__`, and sets our functions into them."""
+    if name == "quack":
+        quack.put()
+        return
     _, where, modules = PEERS[name]
     package = types.ModuleType(Path(where).name)
     package.__path__ = [str(checkout / where)]
@@ -158,6 +182,7 @@ def put_ours(checkout: Path, name: str) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--each", type=int, default=1 << 30)
     parser.addoption("--largest", type=int, default=1 << 30)
+    parser.addoption("--rows", type=int, default=1 << 30)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -180,9 +205,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    with OnCpu():
+    with OnCpu(item.config.getoption("--rows")):
         outcome = yield
     error = outcome.excinfo and outcome.excinfo[1]
+    if any(said in str(error) for said in NO_GPU):
+        outcome.force_exception(pytest.skip.Exception("compares with a kernel that needs a GPU"))
     if isinstance(error, ValueError) and "is not supported by gpt2fast's" in str(error):
         outcome.force_exception(pytest.skip.Exception(f"refused: {error}"))
 
@@ -197,7 +224,14 @@ def main() -> None:
         pretend()
     put_ours(checkout, name)  # before pytest starts: a conftest may import the package, too
     files = PEERS[name][0]
-    options = ["-p", "no:cacheprovider", "--rootdir", str(checkout), "-q"]
+    options = [
+        "-p",
+        "no:cacheprovider",
+        *(["--noconftest"] if name == "quack" else []),
+        "--rootdir",
+        str(checkout),
+        "-q",
+    ]
     options += sys.argv[3:]
     raise SystemExit(pytest.main([*files, *options], plugins=[sys.modules[__name__]]))
 
