@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gpt2fast import functional
-from gpt2fast.ecosystem._refuse import refuse
+from gpt2fast.ecosystem._refuse import check_head, refuse
 from gpt2fast.ecosystem.flash_attn import reduce, z_losses
+from gpt2fast.ops.checks import check_floating, check_shape
 
 __all__ = [
     "CrossEntropyOutput",
@@ -143,6 +144,10 @@ def liger_cross_entropy(
         return_token_accuracy=(return_token_accuracy, False),
         return_predicted_tokens=(return_predicted_tokens, False),
     )
+    check_floating("input", input)
+    if input.dim() != 2:
+        raise ValueError(f"input must have shape (N, V), got {tuple(input.shape)}")
+    check_shape("target", target, tuple(input.shape[:1]), "input's rows")
     dtype = input.dtype
     if softcap is not None:
         if not softcap > 0:
@@ -274,6 +279,7 @@ def liger_fused_linear_cross_entropy(
         return_token_accuracy=(return_token_accuracy, False),
         return_predicted_tokens=(return_predicted_tokens, False),
     )
+    check_head("input", input, "weight", weight, "target", target)
     if accum_dtype not in (None, torch.float32):
         raise ValueError(f"accum_dtype must be None or torch.float32, got {accum_dtype}")
     options: dict[str, Any] = {

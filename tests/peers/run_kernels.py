@@ -154,6 +154,10 @@ def pretend() -> None:
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.current_device = lambda: 0
     torch.compile = lambda f=None, **_: f or (lambda g: g)  # helpers of theirs that they compile
+    autocast = torch.autocast
+    torch.autocast = lambda device_type, **kwargs: autocast(
+        device_type.replace("cuda", "cpu"), **kwargs
+    )
     torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(
         total_memory=16 << 30, warp_size=32
     )
