@@ -29,6 +29,8 @@ that a test compares with, or the package's own error texts.
 - flash-attn's losses, `--each 96 --rows 64 -k test_cross_entropy_loss`: 48 passed, 48 skipped
   (precomputed_lse, refused, or a pair its test leaves out), none failed. This run found that
   logit_scale rounded bf16 logits (mended).
+- flash-attn's layer norm: 40 variants, all refused: its one test always wants return_dropout_mask. So
+  layer_norm_fn stands on our own tests only.
 - quack at c8ec317, `--each 4 --largest 1200`: 25 passed, 23 skipped (class weights, lse, its second way
   of the head), 1 failed (theirs: CPU tensors and 3-D inputs must raise its own texts).
 """
