@@ -287,14 +287,18 @@ def choose(tensor: torch.Tensor, op: str = "") -> str:
     if forced is None:
         if tensor.dtype not in KERNEL_DTYPES:
             return "reference"
+        if torch.compiler.is_compiling():  # a look at the cache would be a guard, which fails later
+            return _choose_for(device, op)
         key = device, op
         if key not in _automatic:
             _automatic[key] = _choose_for(device, op)
         return _automatic[key]
     if forced == "reference":
         return forced
-    if forced not in _checked_names:
-        _checked_names.add(_check_constant(forced))
+    if torch.compiler.is_compiling():
+        _check_constant(forced)
+    elif forced not in _checked_names:
+        _checked_names.add(_checked(forced))
     wanted = _device_of(forced)
     if device != wanted:
         raise BackendUnavailable(

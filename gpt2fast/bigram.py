@@ -60,6 +60,8 @@ class _EmbeddingBody(_OneHotBody):
 class OneHotBigram(GPT):
     """A multilayer perceptron on the one-hot current token, with a GPT's methods.
 
+    Takes tokens (B, T), int64, as :class:`gpt2fast.GPT` does; formula and source are the module's.
+
     >>> config = gpt2fast.GPTConfig(1, 1, 8, vocab_size=10, block_size=16)
     >>> logits, loss = OneHotBigram(config)(torch.tensor([[3, 1]]), torch.tensor([[1, 4]]))
     """
@@ -76,6 +78,8 @@ class OneHotBigram(GPT):
 
 class EmbeddingBigram(OneHotBigram):
     """A multilayer perceptron on the embedding of the current token, with a GPT's methods.
+
+    Takes tokens (B, T), int64, as :class:`gpt2fast.GPT` does; formula and source are the module's.
 
     >>> config = gpt2fast.GPTConfig(1, 1, 8, vocab_size=10, block_size=16)
     >>> EmbeddingBigram(config)(torch.tensor([[3, 1]])).shape

@@ -139,7 +139,8 @@ class CrossEntropyLoss(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention with packed qkv: c_attn (C -> q|k|v), c_proj (C -> C).
+    """Multi-head causal self-attention with packed qkv: c_attn (C -> q|k|v), c_proj (C -> C); on
+    :func:`gpt2fast.functional.flash_attn_qkvpacked_func`.
 
     Raises:
         ValueError: n_embd is not divisible by n_head.
@@ -195,7 +196,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """c_proj(gelu(c_fc(x))) with GPT-2's tanh-GELU, whose hidden width is 4 C.
+    """c_proj(gelu(c_fc(x))) with GPT-2's tanh-GELU, whose hidden width is 4 C; on
+    :func:`gpt2fast.functional.gelu_mlp`.
 
     nanoGPT's own MLP uses the erf form of GELU, which differs by up to 5e-4 and is not the one that
     OpenAI's weights were trained with.
@@ -223,6 +225,8 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """A pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x)).
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
 
     The input is (B, T, C), of the weights' dtype (float32, bfloat16 or float16) or under autocast of
     any of them; the output is (B, T, C).

@@ -18,7 +18,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) as torch.optim.AdamW, with clipping by the global norm.
+    """AdamW as torch.optim.AdamW, with clipping by the global norm.
+
+    Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization",
+    https://arxiv.org/abs/1711.05101.
 
     Args:
         params: tensors, (name, tensor) pairs or parameter groups. float32, bfloat16, float16.

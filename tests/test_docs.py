@@ -83,6 +83,22 @@ def test_the_loss_curves_are_shown_and_within_their_bound(written: dict[str, str
         assert f"{far['gpt2fast']:.1e}" in written["convergence.md"], precision
 
 
+def test_what_the_feature_table_says_of_torch_is_there(written: dict[str, str]) -> None:
+    page = written["peers.md"]
+    widths = {line.count("|") for line in page.splitlines() if line.startswith("|")}
+    assert widths == {8}  # six packages
+    names = re.findall(r"`torch\.([\w.]+)\.(\w+)`(?: \(`(\w+)`)?", page)
+    assert len(names) >= 6
+    for module, name, argument in names:
+        function = getattr(importlib.import_module(f"torch.{module}"), name)
+        said = (
+            str(function.__doc__)
+            if inspect.isbuiltin(function)
+            else str(inspect.signature(function))
+        )
+        assert not argument or argument in said
+
+
 def test_no_room_imports_from_above(written: dict[str, str]) -> None:
     table = re.findall(r"^\| (`.+?) \|", written["architecture.md"], re.M)
     rank = {room: i for i, row in enumerate(table) for room in re.findall(r"`(\w+)`", row)}

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,29 +15,14 @@ import torch
 from torch import Tensor
 
 import gpt2fast
+from gpt2fast import ecosystem
 
-#: Public is what `__all__` lists; of a module without one, what it defines itself.
+#: Public is what `__all__` lists of the modules and packages that lie directly in gpt2fast; of a
+#: module without one, what it defines itself. What lies deeper is public where it is imported above.
 PUBLIC = (
     "",
-    "backends",
-    "data",
-    "decoding",
-    "ecosystem",
-    "ecosystem.cut_cross_entropy",
-    "ecosystem.flash_attn",
-    "ecosystem.liger",
-    "evaluation",
-    "export",
-    "functional",
-    "generation",
-    "huggingface",
-    "llmc",
-    "model",
-    "nn",
-    "optim",
-    "recipes",
-    "swap",
-    "training",
+    *(m.name for m in pkgutil.iter_modules(gpt2fast.__path__) if m.name[0] != "_"),
+    *(f"ecosystem.{m.name}" for m in pkgutil.iter_modules(ecosystem.__path__) if m.name[0] != "_"),
 )
 #: A doctest of a module itself; the others are those of names.
 MODULES = ("", "swap")
@@ -46,6 +32,9 @@ SHAPE = re.compile(
 )
 #: What an entry under Args may say instead: it is told elsewhere, or no tensor is taken.
 ELSEWHERE = re.compile(r"shapes|as for|as in|only (None|their\s+defaults)")
+#: Mathematics names where its formula is from, or the function that does.
+SOURCE = re.compile(r"Source: |:(func|class):`|source are the module's")
+FORMULAS = re.compile(r"bigram|ecosystem\..*|functional|nn|optim")
 DTYPE = re.compile(r"dtype|float32|bfloat16|fp32|bf16|int64|int32")
 
 
@@ -90,6 +79,8 @@ def test_public_name(
         assert DTYPE.search(text), "no dtypes"
         for name, entry in tensors_of(value, text).items():
             assert SHAPE.search(entry) or ELSEWHERE.search(entry), f"no shape of {name}"
+    if FORMULAS.fullmatch(module):
+        assert SOURCE.search(text), "no source"
     run_examples(value, module, tmp_path, monkeypatch)
 
 

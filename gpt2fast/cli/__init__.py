@@ -21,6 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 for an error, 2 for wrong usage.
 
     Errors that a user can mend are one line on stderr; others are bugs and keep their traceback.
+
+    Raises:
+        What went wrong, instead of that line, where GPT2FAST_TRACEBACK is set.
+
+    >>> from gpt2fast.cli import main
+    >>> main(["info", "--no-such-option"])
+    2
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _spin_briefly()

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gpt2fast import functional
-from gpt2fast.ecosystem._refuse import refuse
+from gpt2fast.ecosystem._refuse import check_head, refuse
 
 __all__ = ["linear_cross_entropy"]
 
@@ -34,7 +34,8 @@ def linear_cross_entropy(
     impl: str | Any = "cce",
     vocab_parallel_options: Any = None,
 ) -> Tensor:
-    """Cross-entropy of e @ c.T with targets; the logits never exist whole.
+    """Cross-entropy of e @ c.T with targets; the logits never exist whole. On
+    :func:`gpt2fast.functional.linear_cross_entropy`.
 
     No gradient is left out for being small, as the original's filters do: the result is that of
     its "torch_compile" implementation.
@@ -66,9 +67,13 @@ def linear_cross_entropy(
         return_lse=(return_lse, False),
         vocab_parallel_options=(vocab_parallel_options, None),
     )
+    check_head("e", e, "c", c, "targets", targets)
+    if not 0 <= shift < max(1, targets.shape[-1] if targets.dim() else 1):
+        raise ValueError(
+            f"shift must be less than the {targets.shape[-1]} targets of a row and not negative, got"
+            f" {shift}"
+        )
     shift = int(shift)
-    if shift < 0:
-        raise ValueError(f"shift must not be negative, got {shift}")
     if shift:
         e, targets = e[..., :-shift, :], targets[..., shift:]
     return functional.linear_cross_entropy(

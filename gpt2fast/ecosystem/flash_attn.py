@@ -399,6 +399,8 @@ def flash_attn_with_kvcache(
     Raises:
         TypeError, ValueError: a wrong or unsupported argument, named.
 
+    Source: :func:`gpt2fast.functional.flash_attn_func`; the original, flash_attn_interface.py.
+
     >>> cache = torch.zeros(2, 1, 16, 4, 8)
     >>> q, k, v = torch.randn(3, 1, 1, 4, 8)
     >>> flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=3, causal=True).shape
@@ -523,6 +525,8 @@ def layer_norm_fn(
     Raises:
         TypeError, ValueError: a wrong or unsupported argument, named.
 
+    Source: :func:`gpt2fast.functional.add_layer_norm`; the original, ops/triton/layer_norm.py.
+
     >>> x = torch.randn(2, 5, 8)
     >>> y, s = layer_norm_fn(x, torch.ones(8), None, residual=x, prenorm=True)
     """
@@ -538,6 +542,8 @@ def layer_norm_fn(
     )
     check_floating("x", x)
     wanted = x.dtype if out_dtype is None else out_dtype
+    if not isinstance(wanted, torch.dtype):
+        raise TypeError(f"out_dtype must be a torch.dtype or None, got {out_dtype!r}")
     if rowscale is not None:
         check_shape("rowscale", rowscale, tuple(x.shape[:-1]), "x's without its last dimension")
         x = x * rowscale.unsqueeze(-1).to(x.dtype)
@@ -572,9 +578,10 @@ def cross_entropy_loss(
         logits: (N, V), float32, bfloat16 or float16.
         labels: (N,) class indices, or `ignore_index`: loss 0.
         label_smoothing: between 0 and 1.
-        logit_scale: factor of the logits; other than 1 it costs a copy of them.
+        logit_scale: factor of the logits, applied in fp32; other than 1 it costs a copy of them.
         lse_square_scale: weight of lse^2.
-        inplace_backward: the gradient overwrites the logits.
+        inplace_backward: the gradient overwrites the logits, if they are the result of an operation.
+            A leaf that requires gradients, or a view of one, stays as it is.
         precomputed_lse, process_group: only None.
 
     Returns:
@@ -582,6 +589,8 @@ def cross_entropy_loss(
 
     Raises:
         TypeError, ValueError: a wrong or unsupported argument, named.
+
+    Source: :func:`gpt2fast.functional.cross_entropy`; the original, losses/cross_entropy.py.
 
     >>> losses, z = cross_entropy_loss(torch.randn(4, 9), torch.tensor([1, 2, -100, 8]))
     """
@@ -593,8 +602,10 @@ def cross_entropy_loss(
     check_floating("logits", logits)
     if logits.dim() != 2:
         raise ValueError(f"logits must have shape (N, V), got {tuple(logits.shape)}")
-    if logit_scale != 1.0:
-        logits = logits * logit_scale
+    check_shape("labels", labels, tuple(logits.shape[:1]), "logits' rows")
+    base = logits if logits._base is None else logits._base
+    if logit_scale != 1.0:  # in fp32, as the original: rounding to half precision is the loss's
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     losses = functional.cross_entropy(
         logits,
         labels,
@@ -602,7 +613,7 @@ def cross_entropy_loss(
         label_smoothing=label_smoothing,
         z_loss=lse_square_scale,
         reduction="none",
-        inplace_backward=inplace_backward,
+        inplace_backward=inplace_backward and not (base.is_leaf and base.requires_grad),
     )
     return losses, z_losses(logits, labels, ignore_index, lse_square_scale)
 
@@ -736,5 +747,10 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor, process_group: Any = None) -> Tensor | tuple[Tensor, Tensor]:
         """x (..., C) -> (..., out_features), or that and x."""
         refuse("FusedMLP", process_group=(process_group, None))
+        check_floating("x", x)
+        if x.dim() < 1 or x.shape[-1] != self.fc1.in_features:
+            raise ValueError(
+                f"x must have shape (..., {self.fc1.in_features}), got {tuple(x.shape)}"
+            )
         y = functional.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return (y, x) if self.return_residual else y

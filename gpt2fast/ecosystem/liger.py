@@ -7,14 +7,16 @@ the end), and that of the fused head is fp32.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpt2fast import functional
-from gpt2fast.ecosystem._refuse import refuse
+from gpt2fast.ecosystem._refuse import check_head, refuse
 from gpt2fast.ecosystem.flash_attn import reduce, z_losses
+from gpt2fast.ops.checks import check_floating, check_shape
 
 __all__ = [
     "CrossEntropyOutput",
@@ -28,7 +30,8 @@ __all__ = [
 
 
 def liger_layer_norm(X: Tensor, W: Tensor, B: Tensor | None, eps: float) -> Tensor:
-    """Layer norm of X (..., C) with weight W (C,) and bias B (C,): X's shape and dtype.
+    """Layer norm of X (..., C) with weight W (C,) and bias B (C,): X's shape and dtype; on
+    :func:`gpt2fast.functional.layer_norm`.
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
@@ -40,7 +43,7 @@ def liger_layer_norm(X: Tensor, W: Tensor, B: Tensor | None, eps: float) -> Tens
 
 
 class LigerLayerNorm(nn.Module):
-    """Layer norm over the last dimension.
+    """Layer norm over the last dimension: :func:`liger_layer_norm` as a module.
 
     Args:
         hidden_size: C.
@@ -78,11 +81,13 @@ class LigerLayerNorm(nn.Module):
         return f"{self.hidden_size}, eps={self.eps}"
 
 
-class CrossEntropyOutput(NamedTuple):
-    """What the losses give for return_z_loss.
+@dataclass
+class CrossEntropyOutput:
+    """What the losses give for return_z_loss, see :func:`liger_cross_entropy`.
 
     Attributes:
         loss, z_loss: scalar, or (N,) for reduction "none"; of the dtype that the function names.
+        token_accuracy, predicted_tokens: None, since asking for them is refused.
 
     >>> logits, target = torch.zeros(2, 4), torch.tensor([0, 3])
     >>> liger_cross_entropy(logits, target, lse_square_scale=1.0, return_z_loss=True).z_loss
@@ -90,7 +95,9 @@ class CrossEntropyOutput(NamedTuple):
     """
 
     loss: Tensor
-    z_loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
 
 
 def liger_cross_entropy(
@@ -108,14 +115,15 @@ def liger_cross_entropy(
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
 ) -> Tensor | CrossEntropyOutput:
-    """Cross-entropy of logits (N, V) with class indices (N,).
+    """Cross-entropy of logits (N, V) with class indices (N,); on
+    :func:`gpt2fast.functional.cross_entropy`.
 
     Args:
         ignore_index, reduction, label_smoothing: as in torch.
         lse_square_scale: weight of lse^2 in the loss.
         softcap: the logits become softcap * tanh(logits / softcap), in fp32, which costs copies of
             them.
-        return_z_loss: return the pair (loss, the lse^2 part of it, without gradient).
+        return_z_loss: also return the lse^2 part of the loss, without gradient.
         weight, size_average, reduce, return_token_accuracy, return_predicted_tokens: only their
             defaults.
 
@@ -136,6 +144,10 @@ def liger_cross_entropy(
         return_token_accuracy=(return_token_accuracy, False),
         return_predicted_tokens=(return_predicted_tokens, False),
     )
+    check_floating("input", input)
+    if input.dim() != 2:
+        raise ValueError(f"input must have shape (N, V), got {tuple(input.shape)}")
+    check_shape("target", target, tuple(input.shape[:1]), "input's rows")
     dtype = input.dtype
     if softcap is not None:
         if not softcap > 0:
@@ -200,7 +212,7 @@ class LigerCrossEntropyLoss(nn.Module):
         self.return_z_loss = return_z_loss
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
-        """_input (N, V), target (N,) -> the loss, or (loss, z_loss)."""
+        """_input (N, V), target (N,) -> the loss, or :class:`CrossEntropyOutput`."""
         return liger_cross_entropy(
             _input,
             target,
@@ -267,6 +279,7 @@ def liger_fused_linear_cross_entropy(
         return_token_accuracy=(return_token_accuracy, False),
         return_predicted_tokens=(return_predicted_tokens, False),
     )
+    check_head("input", input, "weight", weight, "target", target)
     if accum_dtype not in (None, torch.float32):
         raise ValueError(f"accum_dtype must be None or torch.float32, got {accum_dtype}")
     options: dict[str, Any] = {
@@ -335,7 +348,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | CrossEntropyOutput:
-        """lin_weight (V, C), _input (N, C), target (N,) -> the loss, or (loss, z_loss)."""
+        """lin_weight (V, C), _input (N, C), target (N,) -> the loss, or :class:`CrossEntropyOutput`."""
         return liger_fused_linear_cross_entropy(
             _input,
             lin_weight,

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import gpt2fast
-from gpt2fast import functional
+from gpt2fast import backends, functional
 
 
 class Wrapper(Tensor):
@@ -44,3 +45,17 @@ def test_the_norm_of_wrapped_gradients(isa: str) -> None:
     with gpt2fast.use_backend("cpu"):
         expected = functional.global_norm(tensors)
         assert torch.equal(functional.global_norm([tensors[0], Wrapper(tensors[1])]), expected)
+
+
+@pytest.mark.parametrize("forced", [None, "cpu"])
+def test_a_compiled_function_is_compiled_once(
+    forced: str | None, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_automatic", {})  # as in a new process
+    monkeypatch.setattr(backends, "_checked_names", set())
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.gelu, backend="eager", fullgraph=True)
+    x = torch.randn(3, 8)
+    with gpt2fast.use_backend(forced), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), functional.gelu(x))

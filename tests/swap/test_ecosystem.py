@@ -140,6 +140,31 @@ def test_grouped_queries_are_refused() -> None:
             call()
 
 
+X, WEIGHT, LABELS = torch.ones(6, 16), torch.ones(37, 16), torch.zeros(6, dtype=torch.int64)
+FUSED = liger.liger_fused_linear_cross_entropy
+MISTAKES: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
+    (cut_cross_entropy.linear_cross_entropy, (WEIGHT, X, LABELS), {}, "targets must have shape"),
+    (cut_cross_entropy.linear_cross_entropy, (X, WEIGHT[:, :8], LABELS), {}, "c must have shape"),
+    (cut_cross_entropy.linear_cross_entropy, (X, WEIGHT, LABELS), {"shift": 6}, "shift must be"),
+    (FUSED, (WEIGHT, X, LABELS), {}, "target must have shape"),
+    (FUSED, (X, WEIGHT.t(), LABELS), {}, "weight must have shape"),
+    (liger.liger_cross_entropy, (X[None], LABELS[None]), {}, "input must have shape"),
+    (liger.liger_cross_entropy, (X, LABELS[:3]), {}, "target must have shape"),
+    (flash_attn.cross_entropy_loss, (X, LABELS[:3]), {}, "labels must have shape"),
+    (flash_attn.FusedMLP(8), (X,), {}, "x must have shape"),
+]
+
+
+@pytest.mark.parametrize(("function", "args", "options", "message"), MISTAKES)
+def test_mistakes_are_told_in_the_names_of_the_package(
+    function: Any, args: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        function(*args, **options)
+    with pytest.raises(TypeError, match="out_dtype must be"):
+        flash_attn.layer_norm_fn(X, X[0], None, out_dtype="bf16")
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_attention_probabilities(causal: bool, dropout: float) -> None:
@@ -306,6 +331,36 @@ def test_cross_entropy(smoothing: float, square: float, scale: float) -> None:
             torch.testing.assert_close(ours, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_scaled_in_fp32(dtype: torch.dtype) -> None:
+    logits, labels = (4 * torch.randn(6, 37)).to(dtype), torch.tensor([0, 5, -100, 36, 7, -100])
+    losses, z = flash_attn.cross_entropy_loss(
+        logits, labels, logit_scale=0.7, lse_square_scale=1e-2
+    )
+    wide = 0.7 * logits.double()
+    square = 1e-2 * wide.logsumexp(-1).square() * (labels != -100)
+    truth = F.cross_entropy(wide, labels, reduction="none") + square
+    for found, true in ((losses, truth), (z, square)):
+        # eight roundings of fp32 at the size of the largest logit, 16
+        torch.testing.assert_close(found.double(), true, rtol=0, atol=8 * 2**-20)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_leaf_is_not_overwritten(view: bool) -> None:
+    leaf = torch.randn(6, 37).requires_grad_()
+    before, labels = leaf.detach().clone(), torch.randint(37, (6,))
+    logits = leaf.view(6, 37) if view else leaf
+    losses, _ = flash_attn.cross_entropy_loss(logits, labels, inplace_backward=True)
+    losses.sum().backward()
+    assert torch.equal(leaf.detach(), before)
+    inner = before.clone().requires_grad_()
+    F.cross_entropy(inner, labels, reduction="sum").backward()
+    torch.testing.assert_close(leaf.grad, inner.grad)
+    logits = leaf * 1
+    flash_attn.cross_entropy_loss(logits, labels, inplace_backward=True)[0].sum().backward()
+    torch.testing.assert_close(logits.detach(), inner.grad)  # which is what it is for
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("square", [0.0, 0.02])
 def test_liger_losses(reduction: str, square: float) -> None:
@@ -325,7 +380,9 @@ def test_liger_losses(reduction: str, square: float) -> None:
     gradients = torch.autograd.grad(expected.sum(), [x, weight], retain_graph=True)
     plain = liger.LigerCrossEntropyLoss(**options)(logits, labels)
     fused = liger.LigerFusedLinearCrossEntropyLoss(**options)(weight, x, labels)
-    for loss, z in (plain, fused):
+    for output in (plain, fused):
+        assert output.token_accuracy is output.predicted_tokens is None
+        loss, z = output.loss, output.z_loss
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(z, reduce[reduction](lse_square).detach())
         found = torch.autograd.grad(loss.sum(), [x, weight], retain_graph=True)
@@ -341,9 +398,10 @@ def test_liger_loss_has_the_dtype_of_the_logits(softcap: float | None) -> None:
     if softcap:
         wide = softcap * torch.tanh(wide / softcap)
     for reduction in ("mean", "sum", "none"):
-        loss, z = liger.LigerCrossEntropyLoss(
+        output = liger.LigerCrossEntropyLoss(
             reduction=reduction, softcap=softcap, lse_square_scale=1e-3, return_z_loss=True
         )(logits, labels)
+        loss, z = output.loss, output.z_loss
         assert loss.dtype == z.dtype == torch.bfloat16
         square = 1e-3 * wide.logsumexp(-1).square() * (labels != -100)
         rows = F.cross_entropy(wide, labels, reduction="none") + square

@@ -187,6 +187,9 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError, ValueError: a wrong argument, named.
 
+    Source: Pascanu et al. 2013, "On the difficulty of training recurrent neural networks",
+    https://arxiv.org/abs/1211.5063, algorithm 1: the norm that clipping compares.
+
     >>> gpt2fast.functional.global_norm([torch.full((3,), 2.0), torch.tensor([[2.0]])])
     tensor(4.)
     """

@@ -36,6 +36,9 @@ def embedding(
         IndexError: on the CPU, an index outside of wte, with its place. Kernels on a GPU do not
             check, since that would wait for the device.
 
+    Source: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training",
+    equation 2: U W_e + W_p.
+
     >>> wte, wpe = torch.tensor([[1.0], [2.0]]), torch.tensor([[10.0], [20.0], [30.0]])
     >>> gpt2fast.functional.embedding(torch.tensor([[1, 1, 0]]), wte, wpe).flatten()
     tensor([12., 22., 31.])

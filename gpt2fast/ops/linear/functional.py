@@ -25,6 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: what PyTorch's own function raises: wrong shapes, dtypes or devices.
 
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.linear.html.
+
     >>> gpt2fast.functional.linear(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(4)).shape
     torch.Size([2, 4])
     """
