@@ -11,7 +11,7 @@
 //             and a tile's rows lie far apart, since a few long streams read faster than one. More: a tile's
 //             rows are neighbours, and while they meet all inputs the next tile is fetched, evenly spread.
 #pragma once
-#include "common/simd.h"
+#include "common/tile.h"
 
 namespace gpt2fast {
 namespace GPT2FAST_ISA {
@@ -104,10 +104,10 @@ struct Rows {
   i64 stride;
 };
 
-// sums[i][j] = the product of w row i and x row j over `columns`; `next` is fetched, `ahead` bytes a step.
+// sums[i + ROWS j] = the product of w row i and x row j over `columns`; `next` is fetched, `ahead` bytes a step.
 template <class W, int ROWS, int INPUTS, bool FETCH>
 static inline void tile(Rows<W> w, Rows<typename Dot<W>::Input> x, i64 columns, uintptr_t next, i64 ahead,
-                        float (&sums)[TILE_N][TILE_M]) {
+                        float* sums) {
   typedef Dot<W> D;
   typename D::Sum sum[ROWS][INPUTS] = {};
   const auto step = [&](const W* at, i64 stride, i64 k) __attribute__((always_inline)) {
@@ -131,15 +131,17 @@ static inline void tile(Rows<W> w, Rows<typename Dot<W>::Input> x, i64 columns, 
       for (i64 c = k; c < columns; ++c) rest[i][c - k] = w.at[i * w.stride + c];
     step(rest[0], D::STEP, k);
   }
+  constexpr int COUNT = ROWS * INPUTS, GROUPS = (COUNT + VL - 1) / VL;
+  vf found[GROUPS][VL] = {};
+#pragma GCC unroll 32
+  for (int s = 0; s < COUNT; ++s) found[s / VL][s % VL] = as_floats(sum[s % ROWS][s / ROWS]);
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < INPUTS; ++j) sums[i][j] = hsum(as_floats(sum[i][j]));
+  for (int g = 0; g < GROUPS; ++g) store(sums + g * VL, lane_sums(found[g]));
 }
 
 template <class W, int ROWS, int INPUTS = TILE_M>
 GPT2FAST_INLINE void tile_of(int inputs, bool fetch, Rows<W> w, Rows<typename Dot<W>::Input> x, i64 columns,
-                             uintptr_t next, i64 ahead, float (&sums)[TILE_N][TILE_M]) {
+                             uintptr_t next, i64 ahead, float* sums) {
   if constexpr (INPUTS > 0) {
     if (inputs < INPUTS)
       tile_of<W, ROWS, INPUTS - 1>(inputs, fetch, w, x, columns, next, ahead, sums);
@@ -220,15 +222,16 @@ static void product(const Matrix<W>& matrix, const Inputs<W>& in, i64 count, flo
         const Rows<typename Dot<W>::Input> x{in.at + m * in.stride + k, in.stride};
         const uintptr_t next = uintptr_t(w.at + rows * w.stride) + next_bytes * g / groups;
         const i64 ahead = next_bytes / groups / (columns / Dot<W>::STEP + 1);
-        float sums[TILE_N][TILE_M];
+        float sums[(TILE_N * TILE_M + VL - 1) / VL * VL];
         if (rows == 1)
           tile_of<W, 1>(int(inputs), false, w, x, columns, next, ahead, sums);
         else
           tile_of<W, TILE_N>(int(inputs), !streams, w, x, columns, next, ahead, sums);
-        for (i64 i = 0; i < rows; ++i)
-          for (i64 j = 0; j < inputs; ++j) {
+        for (i64 j = 0; j < inputs; ++j)
+          for (i64 i = 0; i < rows; ++i) {
             const i64 o = n + i * apart;
-            const float part = matrix.scale ? sums[i][j] * (matrix.scale[o] * in.scale[m + j]) : sums[i][j];
+            float part = sums[i + rows * j];
+            if constexpr (sizeof(W) == 1) part *= matrix.scale[o] * in.scale[m + j];
             float& out = y[(m + j) * y_stride + o];
             out = k ? out + part : part;
           }
