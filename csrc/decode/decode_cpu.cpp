@@ -80,13 +80,18 @@ static i64 least_outputs(i64 columns) {
   return PART_BYTES / (columns * i64(sizeof(W)));
 }
 
-// body(W()) with the type of weights that a number names.
+// body(W()) with the type of weights that a number names: fp32, bf16, int8; 3 is int8 by VNNI whether it is there or
+// not, for tests.
 template <class Body>
 static void with_weights(int weights, const Body& body) {
   if (weights == 0)
     body(float());
   else if (weights == 1)
     body(bf16());
+#if defined(GPT2FAST_DECODE_VNNI)
+  else if (weights == 3 || has_vnni())
+    body(int8_vnni());
+#endif
   else
     body(int8_t());
 }
@@ -209,6 +214,9 @@ struct Model {
     for (i64 c = 0; c < n_embd; ++c) space.x[row * n_embd + c] = value(token + c) * factor + place[c];
   }
   static float value(const int8_t* w) { return float(*w); }
+#if defined(GPT2FAST_DECODE_VNNI)
+  static float value(const int8_vnni* w) { return float(w->q); }
+#endif
   template <class T>
   static float value(const T* w) {
     return get(w);

@@ -95,6 +95,35 @@ struct Dot<int8_t> {
 #endif
   }
 };
+// int8 weights on a CPU with VNNI, on which a pair of products and its addition to a sum are one instruction: the same
+// integers, so the same bits. As assembly, since the compiler may use it nowhere else in this instruction set's code.
+#if defined(GPT2FAST_VNNI) && (defined(GPT2FAST_AVX512) || defined(GPT2FAST_AVX2))
+#define GPT2FAST_DECODE_VNNI 1
+struct int8_vnni {
+  int8_t q;
+};
+template <>
+struct Dot<int8_vnni> : Dot<int8_t> {
+  GPT2FAST_INLINE V open(const int8_vnni* w) { return Dot<int8_t>::open(&w->q); }
+  GPT2FAST_INLINE Sum add(Sum sum, V v, const int16_t* x) {
+    vs i;
+    __builtin_memcpy(&i, x, sizeof i);
+#if defined(GPT2FAST_AVX512)
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(v.w), "v"(i));
+#else
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(v.w), "x"(i));
+#endif
+    return sum;
+  }
+};
+static bool has_vnni() {
+#if defined(GPT2FAST_AVX512)
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return __builtin_cpu_supports("avxvnni");
+#endif
+}
+#endif
 static_assert(CHUNK / VL * 127 * 32767 < (i64(1) << 31), "a lane's int32 sum would overflow");
 
 // `columns` of some rows of a matrix and the distance between rows.
@@ -142,14 +171,12 @@ static inline void tile(Rows<W> w, Rows<typename Dot<W>::Input> x, i64 columns, 
 template <class W, int ROWS, int INPUTS = TILE_M>
 GPT2FAST_INLINE void tile_of(int inputs, bool fetch, Rows<W> w, Rows<typename Dot<W>::Input> x, i64 columns,
                              uintptr_t next, i64 ahead, float* sums) {
-  if constexpr (INPUTS > 0) {
-    if (inputs < INPUTS)
-      tile_of<W, ROWS, INPUTS - 1>(inputs, fetch, w, x, columns, next, ahead, sums);
-    else if (fetch)
-      tile<W, ROWS, INPUTS, true>(w, x, columns, next, ahead, sums);
-    else
-      tile<W, ROWS, INPUTS, false>(w, x, columns, next, ahead, sums);
-  }
+  if constexpr (INPUTS > 1)
+    if (inputs < INPUTS) return tile_of<W, ROWS, INPUTS - 1>(inputs, fetch, w, x, columns, next, ahead, sums);
+  if (fetch)
+    tile<W, ROWS, INPUTS, true>(w, x, columns, next, ahead, sums);
+  else
+    tile<W, ROWS, INPUTS, false>(w, x, columns, next, ahead, sums);
 }
 
 template <class W>
@@ -204,6 +231,11 @@ static void prepare(const float* x, i64 columns, const Inputs<int8_t>& in, i64 r
     __builtin_memcpy(out + c, &i, uint64_t(n) * sizeof(int16_t));
   });
 }
+#if defined(GPT2FAST_DECODE_VNNI)
+static void prepare(const float* x, i64 columns, const Inputs<int8_vnni>& in, i64 row) {
+  prepare(x, columns, Inputs<int8_t>{in.at, in.scale, in.stride}, row);
+}
+#endif
 
 // y[m][n] for the inputs m < count and begin <= n < end, without the bias.
 template <class W>
@@ -222,7 +254,7 @@ static void product(const Matrix<W>& matrix, const Inputs<W>& in, i64 count, flo
         const Rows<typename Dot<W>::Input> x{in.at + m * in.stride + k, in.stride};
         const uintptr_t next = uintptr_t(w.at + rows * w.stride) + next_bytes * g / groups;
         const i64 ahead = next_bytes / groups / (columns / Dot<W>::STEP + 1);
-        float sums[(TILE_N * TILE_M + VL - 1) / VL * VL];
+        float sums[(TILE_N * TILE_M + VL - 1) / VL * VL] = {};
         if (rows == 1)
           tile_of<W, 1>(int(inputs), false, w, x, columns, next, ahead, sums);
         else
