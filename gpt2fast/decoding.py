@@ -240,6 +240,8 @@ class Decoder(nn.Module):
 
     def _parts(self, idx: Tensor) -> list[Tensor]:
         """idx (B, T) in pieces of at most `ROWS` tokens, or one a row."""
+        if idx.numel() <= ROWS:
+            return [idx.contiguous()]
         return [part.contiguous() for part in idx.split(max(1, ROWS // idx.shape[0]), 1)]
 
     def _check(self, idx: Tensor, cache: KVCache) -> None:
