@@ -264,6 +264,21 @@ def test_widths(isa: str, shape: dict[str, int], weights: Weights) -> None:
     compare("logits", logits, last_logits(rounded, idx), truth)
 
 
+@pytest.mark.parametrize("shape", [{"n_head": 1, "n_embd": 20}, {"n_head": 2, "n_embd": 160}])
+@pytest.mark.parametrize("length", [64, 65, 131, 150])
+@pytest.mark.parametrize("peak", [1.0, 8.0])
+def test_attention_of_one_query(isa: str, shape: dict[str, int], length: int, peak: float) -> None:
+    """One token after prompts around the runs of keys that are summed; scores that differ much."""
+    model = gpt(n_layer=1, vocab_size=67, **shape)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight.mul_(peak)
+    decoder, idx = Decoder(model), torch.randint(0, 67, (1, length + 1))
+    decoder.forward_cached(idx[:, :-1], cache := decoder.new_cache(1))
+    truth = last_logits(copy.deepcopy(model).double(), idx)
+    logits = decoder.forward_cached(idx[:, -1:], cache)
+    compare("logits", logits, last_logits(model, idx), truth)
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_bits_depend_on_neither_batch_nor_threads(isa: str, weights: Weights) -> None:
     """Two layers wide enough that threads share all their phases."""
@@ -283,6 +298,9 @@ def test_bits_depend_on_neither_batch_nor_threads(isa: str, weights: Weights) ->
         torch.set_num_threads(threads)
         for _ in range(5):
             assert torch.equal(logits(slice(0, 5)), whole)
+            assert torch.equal(
+                logits(slice(0, 1)), whole[:1]
+            )  # each thread prepares its own inputs
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -358,7 +376,7 @@ def test_wrong_arguments(model: GPT) -> None:
         )
     assert cache.length == 0
     with pytest.raises(ValueError, match="float32, bfloat16, int8"):
-        Decoder(model, "int4")  # type: ignore[arg-type]
+        Decoder(model, "of gold")  # type: ignore[arg-type]
     idx = torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="the decoder has int8"):
         generate(decoder, idx, 1, weights="float32")

@@ -10,19 +10,26 @@
 namespace gpt2fast {
 namespace GPT2FAST_ISA {
 
-// scores[k] = q . key k, and 0 for the last VL - n keys.
+constexpr i64 RUN = 32;  // columns whose products are summed before they meet the rest: long sums round more
+
+// Lane k is q . key k, for k < n <= VL; the others are 0.
 GPT2FAST_INLINE vf dot_keys(const float* q, const float* keys, i64 n, i64 size) {
-  vf sum[VL] = {};
-  for_columns(size, [&](i64 d, i64 lanes) {
-    const vf x = load_at(q + d, lanes);
-    if (n == VL) {
+  vf found = {};
+  for (i64 first = 0; first < size; first += RUN) {
+    vf sum[VL] = {};
+    for_columns(smaller(RUN, size - first), [&](i64 c, i64 lanes) {
+      const i64 d = first + c;
+      const vf x = load_at(q + d, lanes);
+      if (n == VL) {
 #pragma GCC unroll 16
-      for (int k = 0; k < VL; ++k) sum[k] += x * load_at(keys + k * size + d, lanes);
-    } else {
-      for (i64 k = 0; k < n; ++k) sum[k] += x * load_at(keys + k * size + d, lanes);
-    }
-  });
-  return lane_sums(sum);
+        for (int k = 0; k < VL; ++k) sum[k] += x * load_at(keys + k * size + d, lanes);
+      } else {
+        for (i64 k = 0; k < n; ++k) sum[k] += x * load_at(keys + k * size + d, lanes);
+      }
+    });
+    found += lane_sums(sum);
+  }
+  return found;
 }
 
 // out[c] = factor * sum over k of p[k] values[k][c], for the VECTORS vectors of columns from c on.
