@@ -2,9 +2,9 @@
 
 Each variant lives in a process of its own; they run in turn. A round's time is that of 1 + NEW tokens
 less that of 1, so without the prompt. The floor is the time to read the weights' bytes at the bandwidth
-of torch.sum measured between the rounds. Engines come with `pip install "gpt2fast[peers]"`; llama.cpp, which
-pip compiles, with `pip install gguf llama-cpp-python`. Its 16 bits are F16, and its 8 bits Q8_0, with a scale
-for each 32 weights.
+of torch.sum measured between the rounds. Engines come with `pip install "gpt2fast[peers]"`;
+llama.cpp, which pip compiles, with `pip install gguf llama-cpp-python`. Its 16 bits are F16, and its
+8 bits Q8_0, with a scale for each 32 weights.
 """
 
 import importlib.util

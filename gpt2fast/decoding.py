@@ -141,7 +141,7 @@ def suits(model: GPT) -> bool:
 
 
 class _HugePages:
-    """Memory for copied weights, in the order of their reading, on huge pages where the system has them.
+    """Memory for copied weights, in the order of reading, on huge pages where there are some.
 
     A step reads all weights: on pages of 4 KB looking up their addresses is a part of the time.
     """
