@@ -65,6 +65,56 @@ def torch_eager(model: GPT) -> Run:
     return run
 
 
+class StaticCacheStep(torch.nn.Module):
+    """A step of plain torch for torch.compile: caches of a fixed length, a mask, positions as data."""
+
+    LENGTH = 128
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.config, self.parts = model.config, model.transformer
+
+    def forward(self, idx: Tensor, position: Tensor, caches: list[Tensor]) -> Tensor:
+        config, parts = self.config, self.parts
+        batch, length = idx.shape
+        mask = torch.arange(self.LENGTH) <= position[:, None]
+        x = F.embedding(idx, parts.wte.weight) + F.embedding(position, parts.wpe.weight)
+        for block, cache in zip(parts.h, caches, strict=True):
+            y = F.layer_norm(x, (config.n_embd,), block.ln_1.weight, block.ln_1.bias)
+            qkv = F.linear(y, block.attn.c_attn.weight, block.attn.c_attn.bias)
+            q, k, v = qkv.view(batch, length, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)
+            cache[0].index_copy_(2, position, k)
+            cache[1].index_copy_(2, position, v)
+            y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
+            y = y.transpose(1, 2).reshape(batch, length, -1)
+            x = x + F.linear(y, block.attn.c_proj.weight, block.attn.c_proj.bias)
+            y = F.layer_norm(x, (config.n_embd,), block.ln_2.weight, block.ln_2.bias)
+            y = F.gelu(F.linear(y, block.mlp.c_fc.weight, block.mlp.c_fc.bias), approximate="tanh")
+            x = x + F.linear(y, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+        x = F.layer_norm(x[:, -1], (config.n_embd,), parts.ln_f.weight, parts.ln_f.bias)
+        return F.linear(x, parts.wte.weight).argmax(-1, keepdim=True)
+
+
+def torch_compiled(model: GPT) -> Run:
+    """The static-cache step compiled for the prompt's shape and for one token a row."""
+    config = model.config
+    step = torch.compile(StaticCacheStep(model), dynamic=False)
+    caches: list[Tensor] = []
+
+    @torch.no_grad()
+    def run(idx: Tensor, count: int) -> None:
+        if not caches:
+            size = config.n_embd // config.n_head
+            shape = (2, len(idx), config.n_head, StaticCacheStep.LENGTH, size)
+            caches.extend(torch.zeros(shape) for _ in range(config.n_layer))
+        start = 0
+        for _ in range(count):
+            position = torch.arange(start, start + idx.shape[1])
+            idx, start = step(idx, position, caches), start + idx.shape[1]
+
+    return run
+
+
 def hugging_face(folder: str) -> Run:
     from transformers import GPT2LMHeadModel
 
@@ -112,6 +162,82 @@ def ctranslate2(folder: str, weights: str) -> Run:
     return run
 
 
+def write_gguf(model: GPT, path: str, weights: str) -> None:
+    """The model for llama.cpp: matrices as F32, F16 or Q8_0, the rest fp32, no vocabulary."""
+    import gguf
+
+    types = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0"}
+    kind = gguf.GGMLQuantizationType[types[weights]]
+    config = model.config
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm",
+             "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+             "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}  # fmt: skip
+    for name, parameter in model.transformer.named_parameters():
+        module, _, role = name.rpartition(".")
+        block = ""
+        if module.startswith("h."):
+            _, layer, module = module.split(".", 2)
+            block = f"blk.{layer}."
+        data = parameter.detach()[: config.vocab_size if module == "wte" else None].numpy()
+        matrix = parameter.dim() == 2 and module != "wpe"
+        stored = kind if matrix else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(
+            f"{block}{names[module]}.{role}", gguf.quants.quantize(data, stored), raw_dtype=stored
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp(model: GPT, folder: str, weights: str, batch_size: int) -> Run:
+    import llama_cpp as llama
+    import numpy as np
+
+    path, threads = f"{folder}/model.gguf", torch.get_num_threads()
+    write_gguf(model, path, weights)
+    llama.llama_backend_init()
+    loaded = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    options = llama.llama_context_default_params()
+    options.n_ctx, options.n_seq_max = 128 * batch_size, batch_size
+    options.n_batch = options.n_ubatch = PROMPT * batch_size
+    options.n_threads = options.n_threads_batch = threads
+    context = llama.llama_init_from_model(loaded, options)
+    batch = llama.llama_batch_init(PROMPT * batch_size, 0, 1)
+
+    def step(idx: Tensor, start: int) -> Tensor:
+        batch.n_tokens = idx.numel()
+        last = idx.shape[1] - 1
+        for i, token in enumerate(idx.flatten().tolist()):
+            row, place = divmod(i, idx.shape[1])
+            batch.token[i], batch.pos[i], batch.logits[i] = token, start + place, place == last
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+        if llama.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+        found = []
+        for row in range(len(idx)):
+            logits = llama.llama_get_logits_ith(context, row * idx.shape[1] + last)
+            found.append(int(np.ctypeslib.as_array(logits, (50257,)).argmax()))
+        return torch.tensor(found)[:, None]
+
+    def run(idx: Tensor, count: int) -> None:
+        llama.llama_memory_clear(llama.llama_get_memory(context), False)
+        start = 0
+        for _ in range(count):
+            idx, start = step(idx, start), start + idx.shape[1]
+
+    return run
+
+
 def forget_peak() -> None:
     """Converting and loading took more memory than decoding does: the peak counts from here on."""
     with contextlib.suppress(OSError):
@@ -129,6 +255,11 @@ def main() -> None:
         elif name == "torch eager":
             gpt2fast.keep_freed_memory()
             run = torch_eager(model)
+        elif name == "torch.compile":
+            gpt2fast.keep_freed_memory()
+            run = torch_compiled(model)
+        elif name == "llama.cpp":
+            run = llama_cpp(model, folder, weights, batch)
         else:
             model.save_pretrained(folder)
             run = hugging_face(folder) if name == "transformers" else ctranslate2(folder, weights)

@@ -2,7 +2,9 @@
 
 Each variant lives in a process of its own; they run in turn. A round's time is that of 1 + NEW tokens
 less that of 1, so without the prompt. The floor is the time to read the weights' bytes at the bandwidth
-of torch.sum measured between the rounds. Engines come with `pip install "gpt2fast[peers]"`.
+of torch.sum measured between the rounds. Engines come with `pip install "gpt2fast[peers]"`;
+llama.cpp, which pip compiles, with `pip install gguf llama-cpp-python`. Its 16 bits are F16, and its
+8 bits Q8_0, with a scale for each 32 weights.
 """
 
 import importlib.util
@@ -21,10 +23,10 @@ from benchmarks.harness import GPU
 
 #: Bytes of a weight, and who decodes with such weights: the packages that they need.
 VARIANTS = {
-    "float32": (4, {"torch eager": "torch", "transformers": "transformers",
-                    "ctranslate2": "ctranslate2", "gpt2fast": "torch"}),
-    "bfloat16": (2, {"gpt2fast": "torch"}),
-    "int8": (1, {"ctranslate2": "ctranslate2", "gpt2fast": "torch"}),
+    "float32": (4, {"torch eager": "torch", "torch.compile": "torch", "transformers": "transformers",
+                    "ctranslate2": "ctranslate2", "llama.cpp": "llama_cpp", "gpt2fast": "torch"}),
+    "bfloat16": (2, {"llama.cpp": "llama_cpp", "gpt2fast": "torch"}),
+    "int8": (1, {"ctranslate2": "ctranslate2", "llama.cpp": "llama_cpp", "gpt2fast": "torch"}),
 }  # fmt: skip
 CASES = [(name, weights) for weights, (_, names) in VARIANTS.items() for name in names]
 NEW, ROUNDS = 24, 5
@@ -133,7 +135,7 @@ def measured_batches() -> dict[int, Results]:
 
 
 @pytest.mark.parametrize(("name", "weights"), CASES)
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, 4, 8, 16])
 def test_decode(
     benchmark: Any, measured_batches: dict[int, Results], batch: int, name: str, weights: str
 ) -> None:

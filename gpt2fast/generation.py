@@ -238,6 +238,8 @@ def _pick(
 ) -> Tensor:
     """One token a row: logits (B, V) -> (B,). V leaves out the padding of the vocabulary."""
     if temperature == 0:
+        if logits.device.type == "cpu":  # NumPy's takes half the time of torch's
+            return torch.from_numpy(logits.numpy().argmax(-1))
         return logits.argmax(-1)
     # The largest logit is 0 before the division: a tiny temperature then gives -inf, not inf.
     logits = logits - logits.amax(-1, keepdim=True)
@@ -260,7 +262,9 @@ class _Window:
     def append(self, token: Tensor) -> None:
         before = self.start()
         self.length += 1
-        self.tokens = torch.cat([self.tokens, token[:, None]], dim=1)[:, self.start() - before :]
+        self.tokens = torch.cat([self.tokens, token[:, None]], dim=1)
+        if self.start() != before:
+            self.tokens = self.tokens[:, self.start() - before :]
 
     def logits(self) -> Tensor:
         """Of the last position, (B, vocab_size)."""

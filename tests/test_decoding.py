@@ -1,8 +1,13 @@
 """Decoding with fp32, bf16 and int8 weights: products against fp64, the decoder against the model."""
 
 import copy
+import ctypes
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpt2fast
+from gpt2fast import backends
 from gpt2fast.decoding import WEIGHTS, Decoder, PackedWeight, Weights, pack, suits
 from gpt2fast.generation import _decoder, generate
 from gpt2fast.model import GPT, GPTConfig
@@ -123,6 +129,47 @@ def test_bits_depend_on_neither_rows_nor_threads(isa: str, weights: Weights) -> 
         assert torch.equal(packed.linear(x[:2], bias), whole[:2])
 
 
+@pytest.fixture(scope="module")
+def vnni(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """AVX-VNNI's instruction by a signal handler where the CPU lacks it."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    extension = backends.cpu_extension()
+    if "avx2" not in extension.runnable or sys.platform != "linux" or not compiler:
+        pytest.skip("needs AVX2, Linux and a C compiler")
+    if not extension.vnni:
+        pytest.skip("built by an assembler without AVX-VNNI")
+    library = tmp_path_factory.mktemp("vnni") / "emulator.so"
+    source = Path(__file__).with_name("vnni_emulator.c")
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_vnni_gives_the_same_bits(vnni: ctypes.CDLL, rows: int) -> None:
+    """The kernel that CPUs with AVX-VNNI choose; each register, each number of inputs, a tail."""
+    kernels = backends.cpu_extension().avx2
+    outputs, columns = 8, 80 + 5
+    x, packed = torch.randn(rows, columns), pack(torch.randn(outputs, columns), "int8")
+    x[0, 0] = 50.0
+    assert packed.scale is not None
+    workspace = torch.empty(kernels.few_rows_workspace(rows, columns))
+    found = []
+    count = ctypes.c_long.in_dll(vnni, "vnni_count")
+    for weights in (2, 3):
+        y = torch.full((rows, outputs), float("nan"))
+        pointers = [t.data_ptr() for t in (x, packed.data, packed.scale)]
+        count.value = 0
+        assert vnni.vnni_start() == 0
+        kernels.few_rows_linear(
+            *pointers, 0, y.data_ptr(), workspace.data_ptr(), rows, columns, outputs, weights, 1
+        )
+        vnni.vnni_stop()
+        found.append(y)
+    cpu = Path("/proc/cpuinfo").read_text()
+    assert "avx_vnni" in cpu or count.value == outputs * rows * -(-columns // 16)
+    assert torch.equal(*found)
+
+
 # ---- the model -------------------------------------------------------------------------------------
 
 
@@ -217,6 +264,21 @@ def test_widths(isa: str, shape: dict[str, int], weights: Weights) -> None:
     compare("logits", logits, last_logits(rounded, idx), truth)
 
 
+@pytest.mark.parametrize("shape", [{"n_head": 1, "n_embd": 20}, {"n_head": 2, "n_embd": 160}])
+@pytest.mark.parametrize("length", [64, 65, 131, 150])
+@pytest.mark.parametrize("peak", [1.0, 8.0])
+def test_attention_of_one_query(isa: str, shape: dict[str, int], length: int, peak: float) -> None:
+    """One token after prompts around the runs of keys that are summed; scores that differ much."""
+    model = gpt(n_layer=1, vocab_size=67, **shape)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight.mul_(peak)
+    decoder, idx = Decoder(model), torch.randint(0, 67, (1, length + 1))
+    decoder.forward_cached(idx[:, :-1], cache := decoder.new_cache(1))
+    truth = last_logits(copy.deepcopy(model).double(), idx)
+    logits = decoder.forward_cached(idx[:, -1:], cache)
+    compare("logits", logits, last_logits(model, idx), truth)
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_bits_depend_on_neither_batch_nor_threads(isa: str, weights: Weights) -> None:
     """Two layers wide enough that threads share all their phases."""
@@ -236,6 +298,9 @@ def test_bits_depend_on_neither_batch_nor_threads(isa: str, weights: Weights) ->
         torch.set_num_threads(threads)
         for _ in range(5):
             assert torch.equal(logits(slice(0, 5)), whole)
+            assert torch.equal(
+                logits(slice(0, 1)), whole[:1]
+            )  # each thread prepares its own inputs
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -311,7 +376,7 @@ def test_wrong_arguments(model: GPT) -> None:
         )
     assert cache.length == 0
     with pytest.raises(ValueError, match="float32, bfloat16, int8"):
-        Decoder(model, "int4")  # type: ignore[arg-type]
+        Decoder(model, "of gold")  # type: ignore[arg-type]
     idx = torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="the decoder has int8"):
         generate(decoder, idx, 1, weights="float32")

@@ -100,6 +100,11 @@ PYBIND11_MODULE(_cpu, module) {
 #else
   module.attr("amd") = false;
 #endif
+#ifdef GPT2FAST_VNNI
+  module.attr("vnni") = true;  // built in; where the CPU has it, it is used
+#else
+  module.attr("vnni") = false;
+#endif
 #ifdef GPT2FAST_OPENMP
   module.attr("openmp") = true;
 #else

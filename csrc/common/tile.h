@@ -8,6 +8,7 @@ namespace GPT2FAST_ISA {
 constexpr int MR = VL == 16 ? 8 : 6, NV = 2, NR = NV * VL;  // 12 of 16 registers, 16 of 32 with AVX-512
 
 GPT2FAST_INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+GPT2FAST_INLINE i64 larger(i64 a, i64 b) { return a < b ? b : a; }
 GPT2FAST_INLINE i64 clamp(i64 x, i64 low, i64 high) { return x < low ? low : x > high ? high : x; }
 GPT2FAST_INLINE i64 up(i64 x, i64 multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -97,6 +98,21 @@ GPT2FAST_INLINE void transpose(vf (&x)[VL]) {
   if constexpr (VL > 4) exchange<4>(x);
   exchange<2>(x);
   exchange<1>(x);
+}
+
+// Lane i of the result is the sum of the lanes of x[i]: pairs first, then pairs of pairs.
+template <int W>
+GPT2FAST_INLINE void add_across(vf (&x)[VL]) {
+  typedef typename MakeLanes<VL>::type All;
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; i += 2 * W) x[i] = exchange_low<W>(x[i], x[i + W], All()) + exchange_high<W>(x[i], x[i + W], All());
+}
+GPT2FAST_INLINE vf lane_sums(vf (&x)[VL]) {
+  add_across<1>(x);
+  add_across<2>(x);
+  if constexpr (VL > 4) add_across<4>(x);
+  if constexpr (VL > 8) add_across<8>(x);
+  return x[0];
 }
 
 // Rows of `size` elements to rows of `width` floats, multiplied by factor, zero-padded in both directions.

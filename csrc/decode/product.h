@@ -11,7 +11,7 @@
 //             and a tile's rows lie far apart, since a few long streams read faster than one. More: a tile's
 //             rows are neighbours, and while they meet all inputs the next tile is fetched, evenly spread.
 #pragma once
-#include "common/simd.h"
+#include "common/tile.h"
 
 namespace gpt2fast {
 namespace GPT2FAST_ISA {
@@ -95,6 +95,35 @@ struct Dot<int8_t> {
 #endif
   }
 };
+// int8 weights on a CPU with VNNI, on which a pair of products and its addition to a sum are one instruction: the same
+// integers, so the same bits. As assembly, since the compiler may use it nowhere else in this instruction set's code.
+#if defined(GPT2FAST_VNNI) && (defined(GPT2FAST_AVX512) || defined(GPT2FAST_AVX2))
+#define GPT2FAST_DECODE_VNNI 1
+struct int8_vnni {
+  int8_t q;
+};
+template <>
+struct Dot<int8_vnni> : Dot<int8_t> {
+  GPT2FAST_INLINE V open(const int8_vnni* w) { return Dot<int8_t>::open(&w->q); }
+  GPT2FAST_INLINE Sum add(Sum sum, V v, const int16_t* x) {
+    vs i;
+    __builtin_memcpy(&i, x, sizeof i);
+#if defined(GPT2FAST_AVX512)
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(v.w), "v"(i));
+#else
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(v.w), "x"(i));
+#endif
+    return sum;
+  }
+};
+static bool has_vnni() {
+#if defined(GPT2FAST_AVX512)
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return __builtin_cpu_supports("avxvnni");
+#endif
+}
+#endif
 static_assert(CHUNK / VL * 127 * 32767 < (i64(1) << 31), "a lane's int32 sum would overflow");
 
 // `columns` of some rows of a matrix and the distance between rows.
@@ -104,10 +133,10 @@ struct Rows {
   i64 stride;
 };
 
-// sums[i][j] = the product of w row i and x row j over `columns`; `next` is fetched, `ahead` bytes a step.
+// sums[i + ROWS j] = the product of w row i and x row j over `columns`; `next` is fetched, `ahead` bytes a step.
 template <class W, int ROWS, int INPUTS, bool FETCH>
 static inline void tile(Rows<W> w, Rows<typename Dot<W>::Input> x, i64 columns, uintptr_t next, i64 ahead,
-                        float (&sums)[TILE_N][TILE_M]) {
+                        float* sums) {
   typedef Dot<W> D;
   typename D::Sum sum[ROWS][INPUTS] = {};
   const auto step = [&](const W* at, i64 stride, i64 k) __attribute__((always_inline)) {
@@ -131,23 +160,23 @@ static inline void tile(Rows<W> w, Rows<typename Dot<W>::Input> x, i64 columns, 
       for (i64 c = k; c < columns; ++c) rest[i][c - k] = w.at[i * w.stride + c];
     step(rest[0], D::STEP, k);
   }
+  constexpr int COUNT = ROWS * INPUTS, GROUPS = (COUNT + VL - 1) / VL;
+  vf found[GROUPS][VL] = {};
+#pragma GCC unroll 32
+  for (int s = 0; s < COUNT; ++s) found[s / VL][s % VL] = as_floats(sum[s % ROWS][s / ROWS]);
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < INPUTS; ++j) sums[i][j] = hsum(as_floats(sum[i][j]));
+  for (int g = 0; g < GROUPS; ++g) store(sums + g * VL, lane_sums(found[g]));
 }
 
 template <class W, int ROWS, int INPUTS = TILE_M>
 GPT2FAST_INLINE void tile_of(int inputs, bool fetch, Rows<W> w, Rows<typename Dot<W>::Input> x, i64 columns,
-                             uintptr_t next, i64 ahead, float (&sums)[TILE_N][TILE_M]) {
-  if constexpr (INPUTS > 0) {
-    if (inputs < INPUTS)
-      tile_of<W, ROWS, INPUTS - 1>(inputs, fetch, w, x, columns, next, ahead, sums);
-    else if (fetch)
-      tile<W, ROWS, INPUTS, true>(w, x, columns, next, ahead, sums);
-    else
-      tile<W, ROWS, INPUTS, false>(w, x, columns, next, ahead, sums);
-  }
+                             uintptr_t next, i64 ahead, float* sums) {
+  if constexpr (INPUTS > 1)
+    if (inputs < INPUTS) return tile_of<W, ROWS, INPUTS - 1>(inputs, fetch, w, x, columns, next, ahead, sums);
+  if (fetch)
+    tile<W, ROWS, INPUTS, true>(w, x, columns, next, ahead, sums);
+  else
+    tile<W, ROWS, INPUTS, false>(w, x, columns, next, ahead, sums);
 }
 
 template <class W>
@@ -202,6 +231,11 @@ static void prepare(const float* x, i64 columns, const Inputs<int8_t>& in, i64 r
     __builtin_memcpy(out + c, &i, uint64_t(n) * sizeof(int16_t));
   });
 }
+#if defined(GPT2FAST_DECODE_VNNI)
+static void prepare(const float* x, i64 columns, const Inputs<int8_vnni>& in, i64 row) {
+  prepare(x, columns, Inputs<int8_t>{in.at, in.scale, in.stride}, row);
+}
+#endif
 
 // y[m][n] for the inputs m < count and begin <= n < end, without the bias.
 template <class W>
@@ -220,15 +254,16 @@ static void product(const Matrix<W>& matrix, const Inputs<W>& in, i64 count, flo
         const Rows<typename Dot<W>::Input> x{in.at + m * in.stride + k, in.stride};
         const uintptr_t next = uintptr_t(w.at + rows * w.stride) + next_bytes * g / groups;
         const i64 ahead = next_bytes / groups / (columns / Dot<W>::STEP + 1);
-        float sums[TILE_N][TILE_M];
+        float sums[(TILE_N * TILE_M + VL - 1) / VL * VL] = {};
         if (rows == 1)
           tile_of<W, 1>(int(inputs), false, w, x, columns, next, ahead, sums);
         else
           tile_of<W, TILE_N>(int(inputs), !streams, w, x, columns, next, ahead, sums);
-        for (i64 i = 0; i < rows; ++i)
-          for (i64 j = 0; j < inputs; ++j) {
+        for (i64 j = 0; j < inputs; ++j)
+          for (i64 i = 0; i < rows; ++i) {
             const i64 o = n + i * apart;
-            const float part = matrix.scale ? sums[i][j] * (matrix.scale[o] * in.scale[m + j]) : sums[i][j];
+            float part = sums[i + rows * j];
+            if constexpr (sizeof(W) == 1) part *= matrix.scale[o] * in.scale[m + j];
             float& out = y[(m + j) * y_stride + o];
             out = k ? out + part : part;
           }
