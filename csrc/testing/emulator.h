@@ -100,6 +100,29 @@ void copy_async_commit();
 void copy_async_wait(int groups, const void* caller);
 void atomic_access(const void* place, size_t bytes, const void* caller);
 
+// Hopper (csrc/common/hopper.h). A product's operands are read when it starts and must stay until it is waited
+// for; then d gets its values. Copies to shared memory arrive when no thread can run.
+struct TensorMap {
+  uintptr_t address;
+  int64_t stride, rows, columns;  // stride: bytes
+  int box_rows;
+};
+uint32_t shared_address(const void* place);
+void proxy_fence();
+void barrier_init(void* place, int count, const void* caller);
+void barrier_arrive(void* place, int bytes, const void* caller);
+void barrier_wait(void* place, int parity, const void* caller);
+void named_barrier(int id, int count, const void* caller);
+void tma_load(void* to, const TensorMap& map, int column, int row, void* barrier, const void* caller);
+void tma_store(const TensorMap& map, const void* from, int column, int row, const void* caller);
+void tma_commit();
+void tma_wait_read(int groups);
+void wgmma_fence();
+void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool b_turned, bool accumulate, bool is_bf16, int line,
+           const void* caller);
+void wgmma_commit();
+void wgmma_wait(int groups, int line, const void* caller);
+
 template <class T>
 T shuffle(unsigned mask, T value, int from, int line, const void* caller) {
   static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");

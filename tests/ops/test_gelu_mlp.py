@@ -10,6 +10,7 @@ from gpt2fast import backends
 from gpt2fast.backends import load
 from gpt2fast.functional import gelu_mlp
 from gpt2fast.ops.gelu_mlp import autograd
+from tests import cuda_emulator
 from tests.ops.numerics import (
     DTYPES,
     assert_accurate,
@@ -352,6 +353,99 @@ def test_triton_unfused(configured: list[bool], dtype: torch.dtype) -> None:
     for wanted in (["fc_bias"], ["fc_weight"], ["proj_weight"], ["proj_bias"]):
         assert_accurate(gelu_mlp, inputs(9, 80), dtype=dtype, wanted=wanted, backend="triton")
     assert configured == [False]
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The CUDA products on wgmma and TMA, emulated or on a Hopper; lists their launches."""
+    if not torch.cuda.is_available():
+        cuda_emulator.load()
+    if not (found := backends.status("cuda")).available:
+        pytest.skip(found.detail)
+    module, launched = load("gelu_mlp", "cuda"), []
+    if torch.cuda.is_available():
+        if not module.is_hopper(torch.empty(1, device="cuda")):
+            pytest.skip("this GPU has no wgmma, or the kernels were not built for it")
+    else:
+        monkeypatch.setattr(module, "is_hopper", lambda _: True)
+    # Few blocks: each walks over several tiles.
+    monkeypatch.setattr(module, "processors_of", lambda _: 1)
+
+    def launch(name: str, *arguments: object) -> None:
+        launched.append(name)
+        original(name, *arguments)
+
+    original = module.launch
+    monkeypatch.setattr(module, "launch", launch)
+    return launched
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden"), [(1, 80, 96), (130, 264, 328), (3, 8, 8), (193, 72, 40)]
+)
+def test_cuda_on_hopper(
+    on_hopper: list[str], rows: int, width: int, hidden: int, dtype: torch.dtype
+) -> None:
+    """One and several tiles both ways, fewer and more steps than stages, with ragged ends, weights as in
+    nn.Linear and as in Conv1D."""
+    given = inputs(rows, width, hidden=hidden)
+    assert_accurate(gelu_mlp, given, dtype=dtype, backend="cuda")
+    turned = {name: given[name].t().contiguous().t() for name in ("fc_weight", "proj_weight")}
+    assert_accurate(gelu_mlp, {**given, **turned}, dtype=dtype, backend="cuda")
+    assert on_hopper.count("gelu_product_hopper_forward") == 2
+    assert on_hopper.count("gelu_product_hopper_backward") == 2
+
+
+@pytest.mark.parametrize(
+    "wanted", [["fc_bias"], ["proj_weight"], ["fc_weight"], ["fc_bias", "proj_weight"]]
+)
+def test_cuda_on_hopper_some_gradients(on_hopper: list[str], wanted: list[str]) -> None:
+    given = inputs(70, 80)
+    for missing in ({}, {"fc_bias": None} if "fc_bias" not in wanted else {}):
+        assert_accurate(
+            gelu_mlp, {**given, **missing}, dtype=torch.bfloat16, wanted=wanted, backend="cuda"
+        )
+    assert "gelu_product_hopper_forward" in on_hopper
+
+
+def test_cuda_on_hopper_same_bits(on_hopper: list[str]) -> None:
+    """Without a backward to come h is not written; and run after run gives the same bits."""
+    leaves = leaves_of("cuda", 130, 72, dtype=torch.bfloat16)
+    with gpt2fast.use_backend("cuda"):
+        runs = []
+        for _ in range(2):
+            y = gelu_mlp(**leaves)
+            runs.append([y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))])
+        with torch.no_grad():
+            runs.append([gelu_mlp(**leaves)])
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=False):
+            assert torch.equal(a, b)
+
+
+def test_cuda_on_hopper_rows_that_tma_does_not_take(on_hopper: list[str]) -> None:
+    """Rows that overlap go to mma.sync, rows that begin anywhere to cuBLAS."""
+    given = inputs(70, 80)
+    rest = {name: value for name, value in given.items() if name != "x"}
+    assert_accurate(
+        lambda row, **rest: gelu_mlp(row.expand(70, 80), **rest),
+        {"row": torch.randn(1, 80), **rest},
+        dtype=torch.bfloat16,
+        backend="cuda",
+    )
+    assert [name for name in on_hopper if "product" in name] == [
+        "gelu_product_forward",
+        "gelu_product_hopper_backward",
+    ]
+    on_hopper.clear()
+    assert_accurate(
+        lambda wide, **rest: gelu_mlp(wide[:, 1:81], **rest),
+        {"wide": torch.randn(70, 96), **rest},
+        dtype=torch.bfloat16,
+        backend="cuda",
+    )
+    assert "gelu_product_hopper_forward" not in on_hopper
 
 
 def test_triton_rule_has_tiles_that_fit() -> None:
