@@ -29,7 +29,7 @@ static constexpr size_t STACK = 64 << 10, SHARED = 227 << 10;
 
 // ---- fibers ------------------------------------------------------------------------------------------
 
-enum State { READY, AT_BARRIER, IN_WARP, IN_GROUP, AT_COUNTING, AT_NAMED, DONE };
+enum State { READY, AT_BARRIER, IN_WARP, IN_GROUP, AT_NAMED, AT_COUNTING, DONE };
 
 // An asynchronous copy that its thread has not waited for.
 struct Copy {
@@ -152,6 +152,9 @@ static std::vector<std::string> complaints;
 static std::string running;  // the kernel's name
 
 static std::string source_line(const void* where) {
+  static std::map<const void*, std::string> known;
+  const auto before = known.find(where);
+  if (before != known.end()) return before->second;
   Dl_info found;
   if (!where || !dladdr(where, &found) || !found.dli_fname) return "?";
   char command[1024], line[512] = "";
@@ -163,7 +166,7 @@ static std::string source_line(const void* where) {
   }
   std::string text(line);
   text = text.substr(0, text.find_first_of(" \n"));
-  return text.empty() || text[0] == '?' ? std::string(found.dli_fname) : text;
+  return known[where] = text.empty() || text[0] == '?' ? std::string(found.dli_fname) : text;
 }
 
 static void complain(const std::string& what, const void* where) {
@@ -172,7 +175,7 @@ static void complain(const std::string& what, const void* where) {
   if (current)
     text += ", block " + std::to_string(current->block_index.x) + "," + std::to_string(current->block_index.y) +
             " thread " + std::to_string(me);
-  complaints.push_back(text);
+  if (complaints.empty() || complaints.back() != text) complaints.push_back(text);
 }
 
 // ---- memory ------------------------------------------------------------------------------------------
@@ -526,13 +529,14 @@ static bool release_barrier() {
   const bool all = waiting == threads;
   if (!all || apart) {
     const Fiber* stuck = nullptr;
-    for (int i = 0; i < threads && !stuck; ++i)
-      if (fibers[i].state != DONE && fibers[i].state != AT_BARRIER) stuck = &fibers[i];
+    for (int i = 0; i < threads; ++i)  // the most telling one: other threads wait for it at what comes later
+      if (fibers[i].state != DONE && fibers[i].state != AT_BARRIER && (!stuck || fibers[i].state < stuck->state))
+        stuck = &fibers[i];
     if (stuck)
       complain(stuck->state == IN_WARP       ? "warp operation that not all lanes of its mask reach"
                : stuck->state == IN_GROUP    ? "product that not all threads of its warpgroup reach"
-               : stuck->state == AT_COUNTING ? "deadlock: the phase of a barrier does not end, which a thread waits for"
-                                             : "named barrier that too few threads reach",
+               : stuck->state == AT_NAMED    ? "named barrier that too few threads reach"
+                                             : "deadlock: the phase of a barrier does not end, which a thread waits for",
                stuck->where);
     else if (apart)
       complain("threads of a block wait at different barriers", where);
