@@ -28,7 +28,7 @@ namespace hopper {
 
 constexpr int ROWS = 128, COLUMNS = 256, DEPTH = TILE_COLUMNS, GROUP = 8;
 constexpr int CONSUMERS = 2, PART = ROWS / CONSUMERS, SLICES = COLUMNS / TILE_COLUMNS;
-constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP, CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
+constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr int SLICE = PART * TILE_COLUMNS;  // elements of a warpgroup's slice
 
 // h waits in shared memory for the backward's epilogue, where the forward has one more stage.
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                                int height, int width, int depth) {
 #ifdef GPT2FAST_HOPPER
   using Shared = hopper::Shared<T, BACKWARD>;
-  constexpr int STAGES = Shared::STAGES;
+  constexpr int STAGES = Shared::STAGES, CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
   Shared& shared = shared_memory<Shared>();
   const int tiles = ((height + ROWS - 1) / ROWS) * ((width + COLUMNS - 1) / COLUMNS);
   const int steps = (depth + DEPTH - 1) / DEPTH;

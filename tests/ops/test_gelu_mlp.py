@@ -1,6 +1,12 @@
 """gelu_mlp: the fp64 rule for values and every gradient, layouts, memory, errors, torch.compile."""
 
+import ctypes
 import importlib
+import shutil
+import subprocess
+import types
+import unittest.mock
+from pathlib import Path
 
 import pytest
 import torch
@@ -387,7 +393,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_cuda_on_hopper(
     on_hopper: list[str], rows: int, width: int, hidden: int, dtype: torch.dtype
 ) -> None:
-    """One and several tiles both ways, fewer and more steps than stages, with ragged ends, weights as in
+    """One and several tiles both ways, fewer and more steps than stages, ragged ends, weights as in
     nn.Linear and as in Conv1D."""
     given = inputs(rows, width, hidden=hidden)
     assert_accurate(gelu_mlp, given, dtype=dtype, backend="cuda")
@@ -446,6 +452,92 @@ def test_cuda_on_hopper_rows_that_tma_does_not_take(on_hopper: list[str]) -> Non
         backend="cuda",
     )
     assert "gelu_product_hopper_forward" not in on_hopper
+
+
+@pytest.fixture(params=["stand-in", "library"])
+def cublaslt(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> list[int]:
+    """The backend on the library, or on a stand-in for it on a CPU; lists the epilogues it ran."""
+    module = load("gelu_mlp", "cublaslt")
+    if request.param == "library":
+        if not (found := backends.status("cublaslt")).available:
+            pytest.skip(found.detail)
+    else:
+        if torch.cuda.is_available():
+            pytest.skip("the library itself is here")
+        if (compiler := shutil.which("g++")) is None:
+            pytest.skip("the stand-in is built with g++, which is not here")
+        made = tmp_path / "cublaslt.so"
+        source = cuda_emulator.CSRC / "testing" / "cublaslt.cpp"
+        subprocess.run([compiler, "-O2", "-fPIC", "-shared", source, "-o", made], check=True)
+        library = ctypes.CDLL(str(made))
+        monkeypatch.setattr(module, "cublaslt", lambda: library)
+        monkeypatch.setattr(backends, "status", lambda name: backends.Status(True, name))
+        monkeypatch.setattr(backends, "_device_of", lambda _: "cpu")
+    ran: list[int] = []
+
+    def product(a: torch.Tensor, b: torch.Tensor, epilogue: int, *rest: object) -> bool:
+        if taken := original(a, b, epilogue, *rest):
+            ran.append(epilogue)
+        return taken
+
+    original = module._product
+    monkeypatch.setattr(module, "_product", product)
+    for cached in (module._handle, module._plan):
+        cached.cache_clear()
+    return ran
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cublaslt(cublaslt: list[int], dtype: torch.dtype) -> None:
+    """Every epilogue, both layouts of weights, rows that lie apart; then what it does not take."""
+    given = inputs(9, 80, hidden=96, out=72)
+    assert_accurate(gelu_mlp, given, dtype=dtype, backend="cublaslt")
+    turned = {name: given[name].t().contiguous().t() for name in ("fc_weight", "proj_weight")}
+    assert_accurate(gelu_mlp, {**given, **turned}, dtype=dtype, backend="cublaslt")
+    assert cublaslt == [164, 208] * 2  # GELU_AUX_BIAS, DGELU_BGRAD
+    cublaslt.clear()
+    assert_accurate(gelu_mlp, {**given, "fc_bias": None}, dtype=dtype, backend="cublaslt")
+    without_grad = torch.no_grad()(gelu_mlp)
+    assert_accurate(without_grad, given, dtype=dtype, wanted=[], backend="cublaslt")
+    assert cublaslt == [160, 192, 36]  # GELU_AUX, DGELU, GELU_BIAS
+    cublaslt.clear()
+    assert_accurate(
+        lambda packed, **rest: gelu_mlp(packed[:, 80:160], **rest),
+        {"packed": torch.randn(9, 240), **{n: v for n, v in given.items() if n != "x"}},
+        dtype=dtype,
+        backend="cublaslt",
+    )
+    assert cublaslt == [164, 208]
+    assert_accurate(gelu_mlp, inputs(9, 33, hidden=41), dtype=dtype, backend="cublaslt")
+    assert len(cublaslt) == 2
+
+
+def test_cublaslt_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(backends.ctypes, "CDLL", missing)
+    monkeypatch.setattr(backends, "cublaslt", backends.cublaslt.__wrapped__)
+    found = backends.status.__wrapped__("cublaslt")
+    assert not found.available
+    assert "neither libcublasLt.so.13 nor libcublasLt.so.12 is found" in found.detail
+
+
+def test_cublaslt_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.SimpleNamespace(cublasLtGetVersion=unittest.mock.Mock(return_value=140000))
+    monkeypatch.setattr(backends.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(backends, "cublaslt", backends.cublaslt.__wrapped__)
+    assert "says that it is version 140000" in backends.status.__wrapped__("cublaslt").detail
+
+
+def test_cublaslt_never_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "status", lambda name: backends.Status(True, name))
+    monkeypatch.setattr(backends, "selected", dict)
+    assert backends._choose_for("cuda", "gelu_mlp") == "triton"
+    monkeypatch.setattr(backends, "selected", lambda: {"gelu_mlp": {"backend": "cublaslt"}})
+    assert backends._choose_for("cuda", "gelu_mlp") == "cublaslt"
 
 
 def test_triton_rule_has_tiles_that_fit() -> None:
