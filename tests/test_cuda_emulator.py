@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import gpt2fast
+from benchmarks import cuda_report
 from gpt2fast import backends
+from gpt2fast.ops import cuda_common
 from gpt2fast.ops.registry import DTYPE_CODES
 from tests import cuda_emulator
 
@@ -205,6 +207,31 @@ def test_faults_on_hopper_are_found(fault: str, backwards: bool) -> None:
 def test_wrong_layouts_give_wrong_numbers(fault: str, turned: bool) -> None:
     """What lies elsewhere than TMA and the products look for it is really read from there."""
     assert not is_product(*hopper(fault, turned=turned), 200)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "expected"),
+    [
+        ((9, 0), "80-real, 90a-real", True),
+        ((9, 0), "80-real, 90-virtual", False),
+        ((8, 0), "80-real, 90a-real", False),
+        ((10, 0), "90a-real, 90-virtual", False),
+    ],
+)
+def test_hopper_code_runs_on_hopper_only(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], archs: str, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    kernels = types.SimpleNamespace(archs=archs)
+    monkeypatch.setattr(cuda_common, "cuda_kernels", lambda: kernels)
+    assert cuda_common.is_hopper(types.SimpleNamespace(is_cuda=True, device=None)) is expected
+
+
+def test_the_report_reads_what_ptxas_says() -> None:
+    told = """ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async is serialized
+ptxas info    : (C7517) warpgroup.wait is injected in around line 62583
+ptxas info    : Used 168 registers, used 16 barriers"""
+    assert cuda_report.losses(told) == told.splitlines()[:2]
 
 
 def test_an_op_without_cuda_kernels_says_so() -> None:
