@@ -536,7 +536,7 @@ static bool release_barrier() {
       complain(stuck->state == IN_WARP       ? "warp operation that not all lanes of its mask reach"
                : stuck->state == IN_GROUP    ? "product that not all threads of its warpgroup reach"
                : stuck->state == AT_NAMED    ? "named barrier that too few threads reach"
-                                             : "deadlock: the phase of a barrier does not end, which a thread waits for",
+                                             : "deadlock: a thread waits for a barrier's phase that does not end",
                stuck->where);
     else if (apart)
       complain("threads of a block wait at different barriers", where);

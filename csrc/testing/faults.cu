@@ -199,8 +199,9 @@ __global__ void __launch_bounds__(2 * WARPGROUP)
     if (fault != NO_WAIT_FOR_COPY) barrier_wait(shared.come[stage], step / STAGES % 2 ^ (fault == WRONG_PHASE));
     if (fault != NO_PRODUCT_FENCE) wgmma_fence();
     for (int k = 0; k < 64; k += 16) {
-      const uint64_t y = B_TURNED ? wgmma_operand(shared.b[stage] + k * (fault == SHORT_STEP ? 32 : 64), 64 * 64 * sizeof(T))
-                                  : wgmma_operand(shared.b[stage] + (fault == SHORT_STEP ? k / 2 : k));
+      const int within = fault == SHORT_STEP ? k / 2 : k;
+      const uint64_t y = B_TURNED ? wgmma_operand(shared.b[stage] + within * 64, 64 * 64 * sizeof(T))
+                                  : wgmma_operand(shared.b[stage] + within);
       const T* left = shared.a[stage] + shift + k;
       const uint64_t x = wgmma_operand(left + (fault == OTHER_OPERANDS && t == 5 ? 16 : 0));
       if (fault == HALF_A_WARPGROUP && t >= 64) continue;

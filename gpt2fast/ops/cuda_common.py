@@ -97,11 +97,16 @@ def shared_memory_of(tensor: Tensor) -> int:
     return 227 << 10 if _recorded_target is None else _recorded_target[1]
 
 
+@functools.cache
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0) and "90a" in cuda_kernels().archs
+
+
 def is_hopper(tensor: Tensor) -> bool:
-    """Whether the kernels have Hopper's own code (wgmma, TMA) for the GPU that holds `tensor`."""
+    """Whether the kernels have Hopper's own code (wgmma, TMA) for the GPU that holds `tensor`. Where
+    it is emulated a test says so."""
     if tensor.is_cuda:
-        capability = torch.cuda.get_device_capability(tensor.device)
-        return capability == (9, 0) and "90a" in cuda_kernels().archs
+        return _is_hopper(tensor.device.index)
     return _recorded_target is not None and _recorded_target[1] == 227 << 10
 
 
