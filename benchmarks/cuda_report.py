@@ -3,10 +3,12 @@
     python -m benchmarks.cuda_report [--arch 80 90a] [--case layer_norm] [--built] [--write FILE.md]
 
 For each kernel and GPU: registers, spilled bytes (stack), shared memory, resident warps, and how many
-global accesses in the machine code are of 16 bytes. Which kernels, with how many threads and how
+global accesses in the machine code are of 16 bytes, and how many instructions are tensor cores' or
+TMA's. Which kernels, with how many threads and how
 much shared memory, the tests' emulator tells, which lists launches without running them. --built
 reads the installed extension, which must hold code for the GPUs, and compiles nothing. Ends with an
-error where a kernel spills or asks for more than the GPU has. Needs nvcc, g++, and cuobjdump (of
+error where a kernel spills or asks for more than the GPU has, and where ptxas says that it serialises
+wgmma or ignores setmaxnreg. Needs nvcc, g++, and cuobjdump (of
 the CUDA toolkit or of the triton package).
 """
 
@@ -62,21 +64,29 @@ def tool(name: str) -> str:
     raise SystemExit(f"{name} was not found")
 
 
-def output(*command: str | Path) -> str:
+def output(*command: str | Path, told: Path | None = None) -> str:
+    """What a command prints; its remarks go to the file `told`."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command[0]} failed:\n{done.stdout}{done.stderr}")
+    if told:
+        told.write_text(done.stdout + done.stderr)
     return done.stdout
 
 
+def losses(told: str) -> list[str]:
+    """Of what the compiler said: that it serialises wgmma (C7510) or ignores setmaxnreg (C7508)."""
+    return [line for line in told.splitlines() if re.search(r"\(C75\d\d\)", line)]
+
+
 def compiled(source: Path, arch: str) -> Path:
-    """The machine code of a source, as the build makes it."""
+    """The machine code of a source, as the build makes it; what the compiler said is beside it."""
     headers = b"".join(p.read_bytes() for p in sorted(CSRC.rglob("*.h")))
     key = hashlib.sha256(source.read_bytes() + headers).hexdigest()[:16]
     made = BUILD / f"{source.stem}-{arch}-{key}.cubin"
     if not made.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        for old in BUILD.glob(f"{source.stem}-{arch}-*.cubin"):
+        for old in BUILD.glob(f"{source.stem}-{arch}-*"):
             old.unlink()
         options = (
             "-std=c++17",
@@ -86,8 +96,12 @@ def compiled(source: Path, arch: str) -> Path:
             "-cubin",
             f"-arch=sm_{arch}",
         )
-        output(tool("nvcc"), *options, source, "-o", made)
+        told = made.with_suffix(".log")
+        output(tool("nvcc"), *options, source, "-o", made, told=told)
     return made
+
+
+OPCODES = {"HMMA": "mma", "HGMMA": "wgmma", "UTMALDG": "loads", "UTMASTG": "stores"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +112,8 @@ class Code:
     stack: int
     wide: int
     narrow: int
-    products: int  # tensor-core instructions
+    products: str  # tensor-core instructions
+    copies: str  # TMA's, to shared memory and from it
 
 
 def built() -> Path:
@@ -128,8 +143,11 @@ def codes(file: Path, arch: str, symbols: set[str]) -> dict[str, Code]:
         name, _, code = part.partition("\n")
         memory = re.findall(r"\s((?:LDG|STG|LDGSTS)\.[A-Z0-9_.]+)", code)
         wide = sum(".128" in opcode for opcode in memory)
-        products = len(re.findall(r"\s(?:HMMA|HGMMA)\.", code))
-        found[name.strip()] = Code(*usage[name.strip()], wide, len(memory) - wide, products)
+        counts = {o: len(re.findall(rf"\s{o}\.", code)) for o in OPCODES}
+        products = ", ".join(f"{counts[o]} {OPCODES[o]}" for o in ("HMMA", "HGMMA") if counts[o])
+        copies = f"{counts['UTMALDG']} / {counts['UTMASTG']}" if counts["UTMALDG"] else ""
+        narrow = len(memory) - wide
+        found[name.strip()] = Code(*usage[name.strip()], wide, narrow, products, copies)
     return found
 
 
@@ -178,8 +196,11 @@ def markdown(rows: list[Row]) -> str:
         "",
         "Warps: resident on a multiprocessor at once, of 64. 16-byte: global loads and stores of 16"
         " bytes a thread in the machine code, and narrower ones (statistics, edges of rows that do"
-        " not start on 16 bytes, partial sums). Tensor cores: their instructions. Spills are bytes"
-        " of stack; any makes the command fail.",
+        " not start on 16 bytes, partial sums). Tensor cores: their instructions; a wgmma of"
+        " 64x256x16 has 128 times the multiplications of an mma. TMA: instructions that load and"
+        " store tiles. Registers of a kernel that moves them between its warps are those it starts"
+        " with. Spills are bytes of stack; any makes the command fail, as does ptxas where it"
+        " serialises wgmma.",
     ]
     for arch in sorted({row.arch for row in rows}):
         lines += [
@@ -187,8 +208,8 @@ def markdown(rows: list[Row]) -> str:
             f"## sm_{arch}",
             "",
             "| first case | kernel | threads | registers | spills | shared | resident warps |"
-            " 16-byte / narrower | tensor cores |",
-            "|---|---|---:|---:|---:|---:|---:|---|---:|",
+            " 16-byte / narrower | tensor cores | TMA |",
+            "|---|---|---:|---:|---:|---:|---:|---|---:|---:|",
         ]
         for row in rows:
             if row.arch == arch:
@@ -196,7 +217,7 @@ def markdown(rows: list[Row]) -> str:
                 lines.append(
                     f"| {launch.case} | {plain(launch.symbol)} | {launch.threads}"
                     f" | {code.registers} | {code.stack} | {launch.shared} | {row.warps}"
-                    f" | {code.wide} / {code.narrow} | {code.products or ''} |"
+                    f" | {code.wide} / {code.narrow} | {code.products} | {code.copies} |"
                 )
     return "\n".join(lines) + "\n"
 
@@ -241,6 +262,8 @@ def main() -> int:
         for row in rows
         if row.complaint
     ]
+    logs = [(arch, file.with_suffix(".log")) for arch, file in files if not options.built]
+    complaints += [f"sm_{arch}: {loss}" for arch, log in logs for loss in losses(log.read_text())]
     for line in (*missing, *complaints):
         print(line, file=sys.stderr)
     return 1 if missing or complaints else 0

@@ -68,7 +68,7 @@ Stage = tuple[list[str], str]
 def stages(rehearse: bool) -> dict[str, Stage]:
     """Every stage in order."""
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    only = "test_layer_norm and triton" if rehearse else "triton or cuda"
+    only = "test_layer_norm and triton" if rehearse else "triton or cuda or cublaslt"
     benchmark = [*pytest, "benchmarks", "--benchmark-only"]
     few = ["tests/ops", "-k", "(triton and dtype0 or cuda) and not 1025 and (layer_norm or gelu)"]
     small = ["-k", "nano or layer_norm"] if rehearse else []

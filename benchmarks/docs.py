@@ -28,6 +28,7 @@ SOURCES = {
     "cpu": ("C++ for the CPU", "gpt2fast/ops/{0}/cpu.py", "csrc/{0}/*_cpu.cpp"),
     "triton": ("Triton for NVIDIA GPUs", "gpt2fast/ops/{0}/triton.py"),
     "cuda": ("CUDA C++ for NVIDIA GPUs", "gpt2fast/ops/{0}/cuda.py", "csrc/{0}/{0}*.cu"),
+    "cublaslt": ("NVIDIA's library, never the default unmeasured", "gpt2fast/ops/{0}/cublaslt.py"),
 }
 #: The ops that have a page; `linear` has kernels for the CPU only.
 OPS = (*backends.OPS, "linear")

@@ -38,8 +38,11 @@ DTYPE = torch.bfloat16 if GPU else torch.float32
 DTYPE_NAME = "bf16" if GPU else "fp32"
 #: Our variants: first what is chosen without asking.
 OURS = ["gpt2fast triton"] if GPU else ["gpt2fast cpu"]
-if GPU and gpt2fast.backends.status("cuda").available:
-    OURS.append("gpt2fast cuda")
+OURS += [
+    f"gpt2fast {name}"
+    for name in ("cuda", "cublaslt")
+    if GPU and gpt2fast.backends.status(name).available
+]
 
 DIRECTIONS = ("forward", "backward", "both")
 SECONDS = 2.5  # what one case may take after its warm-up

@@ -1,11 +1,13 @@
 """What can run here, why not, and which backend an op uses.
 
-A backend is a set of kernels: ``reference`` (plain PyTorch), ``cpu`` (C++), ``triton``, ``cuda``.
+A backend is a set of kernels: ``reference`` (plain PyTorch), ``cpu`` (C++), ``triton``, ``cuda``; and
+``cublaslt``, NVIDIA's library, for the GELU-MLP only and only where it was measured to win.
 The choice is automatic by device, dtype and, on a GPU, op; :func:`use_backend` and the environment
 variable ``GPT2FAST_BACKEND`` override it. Kernels load at first use, so that importing gpt2fast never
 fails.
 """
 
+import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -23,7 +25,7 @@ import torch
 
 __all__ = ["BackendUnavailable", "Status", "keep_freed_memory", "status", "use_backend"]
 
-NAMES = ("reference", "cpu", "triton", "cuda")
+NAMES = ("reference", "cpu", "triton", "cuda", "cublaslt")
 OPS = (
     "layer_norm",
     "gelu",
@@ -121,11 +123,34 @@ def cuda_kernels() -> Any:
 
 
 @functools.cache
+def cublaslt() -> ctypes.CDLL:
+    """NVIDIA's cuBLASLt, which PyTorch's CUDA builds bring and load, found at run time.
+
+    Raises:
+        BackendUnavailable: it is not here, or is a version whose interface is not known.
+    """
+    torchs = (torch.version.cuda or "").partition(".")[0]
+    for major in sorted(("13", "12"), key=lambda major: major != torchs):
+        try:
+            library = ctypes.CDLL(f"libcublasLt.so.{major}")
+        except OSError:
+            continue
+        library.cublasLtGetVersion.restype = ctypes.c_size_t
+        version = library.cublasLtGetVersion()
+        if version // 10000 == int(major):
+            return library
+        raise BackendUnavailable(f"libcublasLt.so.{major} says that it is version {version}")
+    raise BackendUnavailable(
+        "neither libcublasLt.so.13 nor libcublasLt.so.12 is found: PyTorch's CUDA builds bring one"
+    )
+
+
+@functools.cache
 def status(name: str) -> Status:
     """Whether backend `name` can run here, and why not.
 
     Args:
-        name: one of "reference", "cpu", "triton" and "cuda".
+        name: one of "reference", "cpu", "triton", "cuda" and "cublaslt".
 
     Raises:
         ValueError: there is no such backend.
@@ -146,6 +171,12 @@ def status(name: str) -> Status:
         return _triton_status()
     if name == "cuda":
         return _cuda_status()
+    if name == "cublaslt":
+        try:
+            version = cublaslt().cublasLtGetVersion()
+        except BackendUnavailable as error:
+            return Status(False, str(error))
+        return _on_this_gpu(f"cuBLASLt {version}, for gelu_mlp only")
     raise ValueError(f"unknown backend {name!r}; known are {', '.join(NAMES)}")
 
 
@@ -270,8 +301,10 @@ def _check_constant(name: str) -> str:
 @torch.compiler.assume_constant_result
 def _device_of(name: str) -> str:
     """The type of device that backend `name` runs on: a CPU for emulated GPU kernels."""
-    on_gpu = (name == "triton" and not interpreted()) or (
-        name == "cuda" and not cuda_kernels().emulated
+    on_gpu = (
+        name == "cublaslt"
+        or (name == "triton" and not interpreted())
+        or (name == "cuda" and not cuda_kernels().emulated)
     )
     return "cuda" if on_gpu else "cpu"
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import gpt2fast
+from benchmarks import cuda_report
 from gpt2fast import backends
+from gpt2fast.ops import cuda_common
 from gpt2fast.ops.registry import DTYPE_CODES
 from tests import cuda_emulator
 
@@ -125,6 +127,111 @@ def test_faults_of_products_are_found(fault: str, backwards: bool) -> None:
     with pytest.raises(RuntimeError, match=message):
         product(fault, 40, backwards=backwards)
     product()  # the next launch is not harmed
+
+
+HOPPER_FAULTS = {
+    "no wait for a copy": "read of what has not arrived by a product",
+    "wrong phase": "read of what has not arrived by a product|deadlock: a thread waits",
+    "no expectation": "read of what has not arrived|bytes that the barrier's phase does not expect",
+    "too many bytes": "deadlock: a thread waits for a barrier's phase",
+    "no release": "deadlock: a thread waits for a barrier's phase",
+    "early release": "write of what a product or a copy under way reads|race: write of what",
+    "arrived twice": "more arrivals than the barrier counts|race: write of what thread",
+    "early result": "accumulators touched before their product was waited for",
+    "uncommitted": "accumulators touched before|thread that ends before its products|under way",
+    "no product fence": "product without a fence after its accumulators were touched",
+    "no proxy fence": "read of what was written without a fence between proxies by a copy",
+    "no barrier before store": "read of shared memory that was not written by a copy|race: read",
+    "store overwritten": "write of what a product or a copy under way reads",
+    "store left": "thread that ends before its copies have read shared memory",
+    "no init fence": "barrier whose initialisation this thread need not know",
+    "no barrier after init": "barrier whose initialisation|barrier that was not initialised",
+    "misplaced tile": "operand that is not swizzled by 128 bytes from a multiple of 1024",
+    "plain operand": "operand that is not swizzled by 128 bytes",
+    "half a warpgroup": "product that not all threads of its warpgroup reach",
+    "other operands": "threads of a warpgroup describe different products",
+    "lonely barrier": "named barrier that too few threads reach",
+    "copy left": "block that ends before a copy has arrived",
+}
+
+
+def hopper(
+    fault: str = "",
+    depth: int = 200,
+    *,
+    turned: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    backwards: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel and what PyTorch make of a (60, depth) times b (depth, 200)."""
+    kernels = cuda_emulator.load()
+    a, b = torch.randn(60, depth).to(dtype), torch.randn(depth, 200).to(dtype)
+    c = torch.full((60, 200), torch.nan, dtype=dtype)
+    tensors = (a, b if turned else b.t().contiguous(), c)
+    kernels.know([(t.data_ptr(), t.nbytes, t.element_size()) for t in tensors])
+    kernels.options(reversed=backwards)
+    try:
+        addresses = (t.data_ptr() for t in tensors)
+        kernels.hopper_fault(fault, *addresses, 60, 200, depth, turned, DTYPE_CODES[dtype])
+    finally:
+        kernels.options()
+    return c, a.double() @ b.double()
+
+
+def is_product(found: torch.Tensor, expected: torch.Tensor, depth: int) -> bool:
+    """Products are exact in fp32; every addition rounds once, and so does the result, in its dtype."""
+    sums = depth**1.5 * torch.finfo(torch.float32).eps
+    bound = (sums + torch.finfo(found.dtype).eps) * expected.abs().max()
+    return bool((found - expected).abs().max() < bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_of_warpgroups(turned: bool, dtype: torch.dtype) -> None:
+    for depth, backwards in ((200, False), (200, True), (64, False), (40, True)):
+        result = hopper(depth=depth, turned=turned, dtype=dtype, backwards=backwards)
+        assert is_product(*result, depth)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("fault", HOPPER_FAULTS)
+def test_faults_on_hopper_are_found(fault: str, backwards: bool) -> None:
+    message = rf"(?s)gpt2fast CUDA kernel hopper_fault: .*({HOPPER_FAULTS[fault]})"
+    with pytest.raises(RuntimeError, match=message):
+        hopper(fault, backwards=backwards)
+    assert is_product(*hopper(), 200)  # the next launch is not harmed
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("fault", ["order of rows", "short step"])
+def test_wrong_layouts_give_wrong_numbers(fault: str, turned: bool) -> None:
+    """What lies elsewhere than TMA and the products look for it is really read from there."""
+    assert not is_product(*hopper(fault, turned=turned), 200)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "expected"),
+    [
+        ((9, 0), "80-real, 90a-real", True),
+        ((9, 0), "80-real, 90-virtual", False),
+        ((8, 0), "80-real, 90a-real", False),
+        ((10, 0), "90a-real, 90-virtual", False),
+    ],
+)
+def test_hopper_code_runs_on_hopper_only(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], archs: str, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    kernels = types.SimpleNamespace(archs=archs)
+    monkeypatch.setattr(cuda_common, "cuda_kernels", lambda: kernels)
+    assert cuda_common._is_hopper.__wrapped__(0) is expected
+
+
+def test_the_report_reads_what_ptxas_says() -> None:
+    told = """ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async is serialized
+ptxas info    : (C7517) warpgroup.wait is injected in around line 62583
+ptxas info    : Used 168 registers, used 16 barriers"""
+    assert cuda_report.losses(told) == told.splitlines()[:2]
 
 
 def test_an_op_without_cuda_kernels_says_so() -> None:

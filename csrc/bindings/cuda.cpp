@@ -36,6 +36,8 @@ PYBIND11_MODULE(_cuda, module) {
   BIND(attention_backward);
   BIND(gelu_product_forward);
   BIND(gelu_product_backward);
+  BIND(gelu_product_hopper_forward);
+  BIND(gelu_product_hopper_backward);
   BIND(column_sum);
   BIND(embedding_forward);
   BIND(embedding_keys);

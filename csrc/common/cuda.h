@@ -82,7 +82,7 @@ __device__ Shared& shared_memory() {
 #ifdef GPT2FAST_EMULATED
   return *reinterpret_cast<Shared*>(emulator::shared_memory());
 #else
-  extern __shared__ __align__(16) unsigned char gpt2fast_shared[];
+  extern __shared__ __align__(1024) unsigned char gpt2fast_shared[];  // as wgmma and TMA want it
   return *reinterpret_cast<Shared*>(gpt2fast_shared);
 #endif
 }

@@ -60,6 +60,14 @@ __device__ __forceinline__ void unpack(uint32_t bits, float& low, float& high) {
   high = to_float(pair[1]);
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* place) {
+#ifdef GPT2FAST_EMULATED
+  return emulator::shared_address(place);
+#else
+  return uint32_t(__cvta_generic_to_shared(place));
+#endif
+}
+
 #ifdef GPT2FAST_EMULATED
 
 template <class T>
@@ -83,10 +91,6 @@ EMULATOR_CALL void copy_async_wait() {
 }
 
 #else
-
-__device__ __forceinline__ uint32_t shared_address(const void* place) {
-  return uint32_t(__cvta_generic_to_shared(place));
-}
 
 // c += a b, by a whole warp.
 template <class T>

@@ -1,4 +1,5 @@
-// The two products of GPT-2's MLP that have the GELU beside them, on the tensor cores (mma.sync).
+// The two products of GPT-2's MLP that have the GELU beside them, on the tensor cores (mma.sync; Hopper has its
+// own, gelu_mlp_hopper.cu), and the sum of a matrix over its rows.
 //
 //   forward   h = x W^T,  activation = gelu(h + b)
 //   backward  dh = (dy V) gelu'(h + b),  activation = gelu(h + b) again,  db = sum over rows of dh

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -27,7 +29,7 @@ static constexpr size_t STACK = 64 << 10, SHARED = 227 << 10;
 
 // ---- fibers ------------------------------------------------------------------------------------------
 
-enum State { READY, AT_BARRIER, IN_WARP, DONE };
+enum State { READY, AT_BARRIER, IN_WARP, IN_GROUP, AT_NAMED, AT_COUNTING, DONE };
 
 // An asynchronous copy that its thread has not waited for.
 struct Copy {
@@ -36,10 +38,27 @@ struct Copy {
   unsigned group;
 };
 
+// A tensor copy from shared memory, and a product of a warpgroup, that their thread has not waited for.
+struct Store {
+  size_t reading;
+  unsigned group;
+};
+struct Product {
+  size_t reading;
+  unsigned group;
+  float* d;
+};
+
 struct Fiber {
   Thread thread;
   std::vector<Copy> copies;
-  unsigned group;  // of copies, which is not committed yet
+  std::vector<Store> stores;
+  std::vector<Product> products;
+  std::map<float*, std::vector<float>> results;  // of products under way, by where they will be
+  unsigned group, store_group, product_group;  // those that are not committed yet
+  uint16_t fences;  // between proxies, so far
+  bool fenced;  // wgmma's fence, since the accumulators were last touched
+  const void* barrier;
   State state;
   const void* where;  // it waits
   int line;
@@ -60,6 +79,7 @@ static unsigned char* shared = nullptr;
 static size_t shared_bytes = 0;
 static const std::function<void()>* kernel_body = nullptr;
 static bool backwards = false;
+static bool exact = false;  // shared memory's accesses are compared by vector clocks (hopper.inc)
 
 #if defined(__x86_64__)
 // Saves the callee's registers on the stack, exchanges the stacks, and returns on the other one.
@@ -93,16 +113,24 @@ static void to_scheduler() { swapcontext(&fibers[me].context, &scheduler_context
 static void to_fiber(int i) { swapcontext(&scheduler_context, &fibers[i].context); }
 #endif
 
+static void end_of_thread();
+
 static void fiber_main() {
   (*kernel_body)();
+  end_of_thread();
   fibers[me].state = DONE;
   to_scheduler();
   abort();
 }
 
 static void prepare(int i) {
-  fibers[i].copies.clear();
-  fibers[i].group = 0;
+  Fiber& f = fibers[i];
+  f.copies.clear();
+  f.stores.clear();
+  f.products.clear();
+  f.results.clear();
+  f.group = f.store_group = f.product_group = f.fences = 0;
+  f.fenced = false;
   char* stack = stacks + i * STACK;
 #if defined(__x86_64__)
   uint64_t* top = (uint64_t*)(stack + STACK - 64);
@@ -124,6 +152,9 @@ static std::vector<std::string> complaints;
 static std::string running;  // the kernel's name
 
 static std::string source_line(const void* where) {
+  static std::map<const void*, std::string> known;
+  const auto before = known.find(where);
+  if (before != known.end()) return before->second;
   Dl_info found;
   if (!where || !dladdr(where, &found) || !found.dli_fname) return "?";
   char command[1024], line[512] = "";
@@ -135,7 +166,7 @@ static std::string source_line(const void* where) {
   }
   std::string text(line);
   text = text.substr(0, text.find_first_of(" \n"));
-  return text.empty() || text[0] == '?' ? std::string(found.dli_fname) : text;
+  return known[where] = text.empty() || text[0] == '?' ? std::string(found.dli_fname) : text;
 }
 
 static void complain(const std::string& what, const void* where) {
@@ -144,7 +175,7 @@ static void complain(const std::string& what, const void* where) {
   if (current)
     text += ", block " + std::to_string(current->block_index.x) + "," + std::to_string(current->block_index.y) +
             " thread " + std::to_string(me);
-  complaints.push_back(text);
+  if (complaints.empty() || complaints.back() != text) complaints.push_back(text);
 }
 
 // ---- memory ------------------------------------------------------------------------------------------
@@ -161,6 +192,8 @@ static void* lazy_memory(size_t bytes) {
 struct Touch {
   uint32_t write_phase, read_phase;
   uint16_t writer, write_step, reader, read_step;
+  uint16_t slot, write_fence;  // whose clock tells of the write; how many fences between proxies it had passed
+  uint32_t write_epoch;
 };
 static constexpr uint16_t SEVERAL = 0x8000, ATOMIC = 0x4000, OTHER_BLOCK = 0x2000, IN_FLIGHT = 0x1000;
 static constexpr uint16_t NEVER = 0xffff;  // a step that no barrier of the warp ends
@@ -194,6 +227,9 @@ static Region shared_region;
 static uint32_t phase = 1, first_phase = 1;  // first_phase: of this block
 static std::vector<uint16_t> steps(MAX_THREADS / 32);
 
+static void touch_exactly(size_t element, bool write, const void* caller);
+static void note_writer(Touch& t);
+
 static bool before_now(uint32_t then, uint16_t thread, uint16_t step, bool any_of_warp) {
   if (then == 0) return true;
   if (then < first_phase) return false;  // another block
@@ -207,6 +243,10 @@ static void touch(Region& region, uintptr_t place, size_t bytes, bool write, boo
   const bool in_shared = &region == &shared_region;
   const size_t last = (place + bytes - 1 - region.begin) / region.element;
   for (size_t i = (place - region.begin) / region.element; i <= last; ++i) {
+    if (in_shared && exact) {
+      touch_exactly(i, write, caller);
+      continue;
+    }
     Touch& t = region.touches[i];
     // Most reads find what an earlier one of this phase was checked for, and leave the same trace.
     if (!write && t.read_phase == phase && t.read_step == NEVER && t.write_phase != phase) continue;
@@ -235,6 +275,7 @@ static void touch(Region& region, uintptr_t place, size_t bytes, bool write, boo
       t.write_phase = phase;
       t.writer = uint16_t(me | (atomic ? ATOMIC : 0));
       t.write_step = step;
+      note_writer(t);
     } else {
       const int other = t.reader & 0x3ff;
       if (t.read_phase != phase) {
@@ -260,7 +301,12 @@ extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;
 static void check(const void* pointer, size_t bytes, bool write, bool atomic, const void* caller) {
   if (!current || bytes == 0) return;
   const uintptr_t place = (uintptr_t)pointer, end = place + bytes;
-  if (place >= (uintptr_t)stacks && end <= (uintptr_t)stacks + MAX_THREADS * STACK) return;
+  if (place >= (uintptr_t)stacks && end <= (uintptr_t)stacks + MAX_THREADS * STACK) {
+    for (const auto& [d, values] : fibers[me].results)
+      if (place >= (uintptr_t)d && place < (uintptr_t)(d + values.size()))
+        complain("accumulators touched before their product was waited for", caller);
+    return;
+  }
   if (bytes <= 16 && place % bytes) complain("misaligned access of " + std::to_string(bytes) + " bytes", caller);
   if (place >= shared_region.begin && place < shared_region.begin + SHARED) {
     if (end > shared_region.end)
@@ -345,13 +391,18 @@ uint64_t exchange(unsigned mask, uint64_t value, int from, int line, const void*
   return mine.value;
 }
 
+static void join_lanes(unsigned mask);
+
 void warp_barrier(unsigned mask, int line, const void* caller) {
   exchange(mask, 0, me % 32, line, caller);
   // Every lane comes through here after the exchange; the first one counts.
   static std::vector<int> passed(MAX_THREADS / 32);
   int lanes = 0;
   for (int i = 0; i < 32; ++i) lanes += mask >> i & 1;
-  if (passed[me / 32]++ == 0) ++steps[me / 32];
+  if (passed[me / 32]++ == 0) {
+    ++steps[me / 32];
+    if (exact) join_lanes(mask);
+  }
   if (passed[me / 32] == lanes) passed[me / 32] = 0;
 }
 
@@ -457,6 +508,8 @@ void copy_async_wait(int groups, const void* caller) {
   mine.copies.erase(std::remove_if(mine.copies.begin(), mine.copies.end(), arrived), mine.copies.end());
 }
 
+#include "testing/hopper.inc"
+
 // Returns false where the block cannot go on.
 static bool release_barrier() {
   int waiting = 0, done = 0, line = 0;
@@ -476,10 +529,15 @@ static bool release_barrier() {
   const bool all = waiting == threads;
   if (!all || apart) {
     const Fiber* stuck = nullptr;
-    for (int i = 0; i < threads && !stuck; ++i)
-      if (fibers[i].state == IN_WARP) stuck = &fibers[i];
+    for (int i = 0; i < threads; ++i)  // the most telling one: other threads wait for it at what comes later
+      if (fibers[i].state != DONE && fibers[i].state != AT_BARRIER && (!stuck || fibers[i].state < stuck->state))
+        stuck = &fibers[i];
     if (stuck)
-      complain("warp operation that not all lanes of its mask reach", stuck->where);
+      complain(stuck->state == IN_WARP       ? "warp operation that not all lanes of its mask reach"
+               : stuck->state == IN_GROUP    ? "product that not all threads of its warpgroup reach"
+               : stuck->state == AT_NAMED    ? "named barrier that too few threads reach"
+                                             : "deadlock: a thread waits for a barrier's phase that does not end",
+               stuck->where);
     else if (apart)
       complain("threads of a block wait at different barriers", where);
     else
@@ -489,6 +547,19 @@ static bool release_barrier() {
   for (int i = 0; i < threads; ++i) fibers[i].state = READY;
   for (uint16_t& step : steps) step = 0;
   ++phase;
+  if (exact) join_all();
+  return true;
+}
+
+// When no thread can run. Returns false where the block cannot go on.
+static bool advance() {
+  if (transfers.empty()) return release_barrier();
+  if (!complaints.empty()) return false;
+  if (std::all_of(fibers, fibers + threads, [](const Fiber& f) { return f.state == DONE; })) {
+    complain("block that ends before a copy has arrived", nullptr);
+    return false;
+  }
+  deliver();
   return true;
 }
 
@@ -505,6 +576,11 @@ static std::string symbol_of(const void* kernel) {
 static void run_block() {
   if (shared_bytes) memset(shared, 0xff, shared_bytes);  // NaN
   first_phase = ++phase;
+  exact = false;
+  readings.clear();
+  barriers.clear();
+  transfers.clear();
+  std::fill(epochs.begin(), epochs.end(), 0);
   for (uint16_t& step : steps) step = 0;
   for (int i = 0; i < threads; ++i) {
     fibers[i].state = READY;
@@ -523,7 +599,7 @@ static void run_block() {
         if (fibers[me].state == READY && !complaints.empty()) return;
       }
     }
-  } while (release_barrier());
+  } while (advance());
 }
 
 void run(const char* op, const void* kernel, dim3 grid, int block, size_t bytes,
@@ -537,7 +613,7 @@ void run(const char* op, const void* kernel, dim3 grid, int block, size_t bytes,
     throw std::runtime_error(refused + "invalid configuration");
   if (!stacks) {
     stacks = (char*)lazy_memory(MAX_THREADS * STACK);
-    shared = (unsigned char*)lazy_memory(SHARED + 4096);
+    shared = (unsigned char*)lazy_memory(SHARED + 4096);  // whole pages: a multiple of 1024 bytes
     shared_region.element = 2;
     shared_region.begin = (uintptr_t)shared;
     shared_region.touches.reset(SHARED / 2);

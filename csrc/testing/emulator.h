@@ -12,11 +12,26 @@
 // Also found: barriers and warp operations that not all threads reach, and deadlocks. The first complaints are thrown as an
 // exception with the op's name, and Python raises it.
 //
+// On Hopper's instructions (testing/hopper.inc) it is wrong
+//   - to touch accumulators before their product is waited for, or to start one without wgmma's fence;
+//   - to write what a product or a tensor copy under way reads, or what others have read, with no chain of
+//     barriers in between (mbarriers and named barriers included; arrivals are compared thread by thread);
+//   - to read what has not arrived, or has with no wait for its barrier's phase; copies arrive as late as can be;
+//   - to give a product or a copy what a thread wrote without its fence between proxies;
+//   - to use an operand that does not lie in tiles of 128 swizzled bytes, a barrier before its initialisation is
+//     known, more arrivals or bytes than its phase expects; to wait for a phase that never ends;
+//   - to end with a product or a copy under way.
+// Operands are read where their descriptors say, with the swizzle, so that a wrong layout gives wrong numbers.
+//
 // What it cannot show: time; faults of nvcc, ptxas or in the lines for nvcc only (#else of GPT2FAST_EMULATED);
 // the last bits of approximate instructions (ex2.approx, rcp.approx are exact here), of fused multiply-adds
 // and of the tensor cores' sums; bank conflicts; reads of uninitialised global memory; accesses beyond a member of a struct of shared memory
 // but within it; whether registers and shared memory suffice (benchmarks/cuda_report.py shows that);
-// memory that becomes visible late between concurrent blocks; an illegal stream or device.
+// memory that becomes visible late between concurrent blocks; an illegal stream or device. Of Hopper's: what the
+// driver refuses in a tensor map; a compiler that serialises products or moves accumulators (cuda_report.py reads
+// ptxas's log); a missing fence where a reader's or copy's place is written by a copy next; registers that setmaxnreg
+// gives and takes; clusters and multicast, which no kernel has; whether real latencies leave room for a phase to
+// be missed, since a wait here sees the phase of its parity as soon as it ends.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -99,6 +114,29 @@ void copy_async(void* to, const void* from, int bytes, const void* caller);
 void copy_async_commit();
 void copy_async_wait(int groups, const void* caller);
 void atomic_access(const void* place, size_t bytes, const void* caller);
+
+// Hopper (csrc/common/hopper.h). A product's operands are read when it starts and must stay until it is waited
+// for; then d gets its values. Copies to shared memory arrive when no thread can run.
+struct TensorMap {
+  uintptr_t address;
+  int64_t stride, rows, columns;  // stride: bytes
+  int box_rows;
+};
+uint32_t shared_address(const void* place);
+void proxy_fence();
+void barrier_init(void* place, int count, const void* caller);
+void barrier_arrive(void* place, int bytes, const void* caller);
+void barrier_wait(void* place, int parity, const void* caller);
+void named_barrier(int id, int count, const void* caller);
+void tma_load(void* to, const TensorMap& map, int column, int row, void* barrier, const void* caller);
+void tma_store(const TensorMap& map, const void* from, int column, int row, const void* caller);
+void tma_commit();
+void tma_wait_read(int groups);
+void wgmma_fence();
+void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool b_turned, bool accumulate, bool is_bf16, int line,
+           const void* caller);
+void wgmma_commit();
+void wgmma_wait(int groups, int line, const void* caller);
 
 template <class T>
 T shuffle(unsigned mask, T value, int from, int line, const void* caller) {

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "common/cuda.h"
-#include "common/mma.h"
+#include "common/hopper.h"
 
 namespace gpt2fast {
 namespace cuda {
@@ -142,6 +142,117 @@ void product_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, i64 
     using T = decltype(kind);
     launch("product_fault", product_kernel<T>, dim3(1), 64, sizeof(T) * 2 * (32 + 16) * 16, 0, (const T*)a,
            (const T*)b, (float*)c, int(depth), a_turned, b_turned, plain, found);
+  });
+}
+
+// ---- Hopper: a producer's copies, a warpgroup's products, and the result's way back -----------------------
+
+enum HopperFault {
+  NO_WAIT_FOR_COPY = 1, WRONG_PHASE, NO_EXPECTATION, TOO_MANY_BYTES, NO_RELEASE, EARLY_RELEASE, ARRIVED_TWICE,
+  EARLY_RESULT, UNCOMMITTED, NO_PRODUCT_FENCE, NO_PROXY_FENCE, NO_BARRIER_BEFORE_STORE, STORE_OVERWRITTEN, STORE_LEFT,
+  NO_INIT_FENCE, NO_BARRIER_AFTER_INIT, MISPLACED_TILE, PLAIN_OPERAND, HALF_A_WARPGROUP, OTHER_OPERANDS,
+  LONELY_BARRIER, COPY_LEFT, ORDER_OF_ROWS, SHORT_STEP
+};
+
+template <class T, bool B_TURNED>
+__global__ void __launch_bounds__(2 * WARPGROUP)
+    hopper_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+                  const __grid_constant__ TensorMap c, int depth, int fault) {
+#ifdef GPT2FAST_HOPPER
+  constexpr int STAGES = 2;
+  struct Shared {
+    T a[STAGES][64 * 64 + 512], b[STAGES][256 * 64], c[64 * 64];
+    Barrier come[STAGES], gone[STAGES];
+  };
+  Shared& shared = shared_memory<Shared>();
+  const int steps = (depth + 63) / 64, t = threadIdx.x % WARPGROUP;
+  const int shift = fault == MISPLACED_TILE ? 64 : 0;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(shared.come[i], 1);
+      barrier_init(shared.gone[i], 4);
+    }
+    if (fault != NO_INIT_FENCE) barrier_init_fence();
+  }
+  if (fault != NO_BARRIER_AFTER_INIT) __syncthreads();
+  if (threadIdx.x < WARPGROUP) {
+    if (threadIdx.x != 0) return;
+    for (int step = 0; step < steps + (fault == COPY_LEFT); ++step) {
+      const int stage = step % STAGES;
+      barrier_wait(shared.gone[stage], step / STAGES % 2 ^ 1);
+      const int bytes = (64 + 256) * 64 * sizeof(T);
+      if (fault == NO_EXPECTATION)
+        barrier_arrive(shared.come[stage]);
+      else
+        barrier_expect(shared.come[stage], bytes + (fault == TOO_MANY_BYTES ? 16 : 0));
+      tma_load(shared.a[stage] + shift, a, step * 64, 0, shared.come[stage]);
+      if (B_TURNED)
+        for (int i = 0; i < 4; ++i) tma_load(shared.b[stage] + i * 64 * 64, b, i * 64, step * 64, shared.come[stage]);
+      else
+        tma_load(shared.b[stage], b, step * 64, 0, shared.come[stage]);
+    }
+    return;
+  }
+  float sums[128];
+  for (int step = 0; step < steps; ++step) {
+    const int stage = step % STAGES;
+    if (fault != NO_WAIT_FOR_COPY) barrier_wait(shared.come[stage], step / STAGES % 2 ^ (fault == WRONG_PHASE));
+    if (fault != NO_PRODUCT_FENCE) wgmma_fence();
+    for (int k = 0; k < 64; k += 16) {
+      const int within = fault == SHORT_STEP ? k / 2 : k;
+      const uint64_t y = B_TURNED ? wgmma_operand(shared.b[stage] + within * 64, 64 * 64 * sizeof(T))
+                                  : wgmma_operand(shared.b[stage] + within);
+      const T* left = shared.a[stage] + shift + k;
+      const uint64_t x = wgmma_operand(left + (fault == OTHER_OPERANDS && t == 5 ? 16 : 0));
+      if (fault == HALF_A_WARPGROUP && t >= 64) continue;
+      wgmma<T, B_TURNED>(sums, fault == PLAIN_OPERAND ? x & ~(3ull << 62) : x, y, step > 0 || k > 0);
+    }
+    if (fault != UNCOMMITTED) wgmma_commit();
+    if (fault == EARLY_RELEASE && t % WARP == 0) barrier_arrive(shared.gone[stage]);
+    if (fault == EARLY_RESULT) sums[0] += 1;
+    wgmma_wait<0>(sums);
+    if (fault != NO_RELEASE && fault != EARLY_RELEASE && t % WARP == 0) barrier_arrive(shared.gone[stage]);
+    if (fault == ARRIVED_TWICE && t % WARP == 0) barrier_arrive(shared.gone[stage]);
+  }
+  for (int slice = 0; slice < 4; ++slice) {
+    if (t == 0 && fault != STORE_OVERWRITTEN) tma_wait_read<0>();
+    named_barrier(1, WARPGROUP);
+    for (int i = 0; i < 32; i += 2) {
+      const int row = t / WARP * 16 + t % WARP / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2;
+      const int at = fault == ORDER_OF_ROWS ? row * 64 + column : in_tile(row, column);
+      *(uint32_t*)(shared.c + at) = pack<T>(sums[slice * 32 + i], sums[slice * 32 + i + 1]);
+    }
+    if (fault != NO_PROXY_FENCE) proxy_fence();
+    if (fault == LONELY_BARRIER)
+      named_barrier(1, 2 * WARPGROUP);
+    else if (fault != NO_BARRIER_BEFORE_STORE)
+      named_barrier(1, WARPGROUP);
+    if (t == 0) {
+      tma_store(c, shared.c, slice * 64, 0);
+      tma_commit();
+    }
+  }
+  if (t == 0 && fault != STORE_LEFT) tma_wait_read<0>();
+#endif
+}
+
+void hopper_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, i64 rows, i64 columns, i64 depth,
+                  bool b_turned, int dtype) {
+  static const char* const names[] = {"", "no wait for a copy", "wrong phase", "no expectation", "too many bytes",
+    "no release", "early release", "arrived twice", "early result", "uncommitted", "no product fence",
+    "no proxy fence", "no barrier before store", "store overwritten", "store left", "no init fence",
+    "no barrier after init", "misplaced tile", "plain operand", "half a warpgroup", "other operands",
+    "lonely barrier", "copy left", "order of rows", "short step"};
+  const int found = position(names, name);
+  with_half_dtype(dtype, [&](auto kind) {
+    using T = decltype(kind);
+    const char* op = "hopper_fault";
+    const auto right = b_turned ? tensor_map<T>(op, b, columns, depth, columns, 64)
+                                : tensor_map<T>(op, b, depth, columns, depth, 256);
+    launch(op, b_turned ? hopper_kernel<T, true> : hopper_kernel<T, false>, dim3(1), 2 * WARPGROUP,
+           sizeof(T) * (2 * (64 + 256) * 64 + 2 * 512 + 64 * 64) + 4 * sizeof(Barrier), 0,
+           tensor_map<T>(op, a, depth, rows, depth, 64), right, tensor_map<T>(op, c, columns, rows, columns, 64),
+           int(depth), found);
   });
 }
 

@@ -10,6 +10,10 @@ void fault(const char* name, uintptr_t x, uintptr_t y, int64_t count);
 // multiple of 8 where it is contiguous. plain: fragments by single loads instead of ldmatrix.
 void product_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int64_t depth, bool a_turned,
                    bool b_turned, bool plain, int dtype);
+// c (rows, columns) = a (rows, K) b (K, columns) of one dtype, on wgmma and TMA: rows <= 64, columns <= 256; b is
+// stored (columns, K) where not b_turned. K and columns are multiples of 8.
+void hopper_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int64_t rows, int64_t columns,
+                  int64_t depth, bool b_turned, int dtype);
 
 }  // namespace cuda
 }  // namespace gpt2fast

@@ -97,6 +97,19 @@ def shared_memory_of(tensor: Tensor) -> int:
     return 227 << 10 if _recorded_target is None else _recorded_target[1]
 
 
+@functools.cache
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0) and "90a" in cuda_kernels().archs
+
+
+def is_hopper(tensor: Tensor) -> bool:
+    """Whether the kernels have Hopper's own code (wgmma, TMA) for the GPU that holds `tensor`. Where
+    it is emulated a test says so."""
+    if tensor.is_cuda:
+        return _is_hopper(tensor.device.index)
+    return _recorded_target is not None and _recorded_target[1] == 227 << 10
+
+
 def parameter(given: Tensor | None, x: Tensor) -> tuple[Tensor | None, bool]:
     """A contiguous weight or bias of x's dtype or fp32, and whether it is fp32."""
     if given is None:

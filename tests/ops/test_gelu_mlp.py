@@ -1,6 +1,12 @@
 """gelu_mlp: the fp64 rule for values and every gradient, layouts, memory, errors, torch.compile."""
 
+import ctypes
 import importlib
+import shutil
+import subprocess
+import types
+import unittest.mock
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ from gpt2fast import backends
 from gpt2fast.backends import load
 from gpt2fast.functional import gelu_mlp
 from gpt2fast.ops.gelu_mlp import autograd
+from tests import cuda_emulator
 from tests.ops.numerics import (
     DTYPES,
     assert_accurate,
@@ -352,6 +359,191 @@ def test_triton_unfused(configured: list[bool], dtype: torch.dtype) -> None:
     for wanted in (["fc_bias"], ["fc_weight"], ["proj_weight"], ["proj_bias"]):
         assert_accurate(gelu_mlp, inputs(9, 80), dtype=dtype, wanted=wanted, backend="triton")
     assert configured == [False]
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The CUDA products on wgmma and TMA, emulated or on a Hopper; lists their launches."""
+    if not torch.cuda.is_available():
+        cuda_emulator.load()
+    if not (found := backends.status("cuda")).available:
+        pytest.skip(found.detail)
+    module, launched = load("gelu_mlp", "cuda"), []
+    if torch.cuda.is_available():
+        if not module.is_hopper(torch.empty(1, device="cuda")):
+            pytest.skip("this GPU has no wgmma, or the kernels were not built for it")
+    else:
+        monkeypatch.setattr(module, "is_hopper", lambda _: True)
+    # Few blocks: each walks over several tiles.
+    monkeypatch.setattr(module, "processors_of", lambda _: 1)
+
+    def launch(name: str, *arguments: object) -> None:
+        launched.append(name)
+        original(name, *arguments)
+
+    original = module.launch
+    monkeypatch.setattr(module, "launch", launch)
+    return launched
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden"), [(1, 80, 96), (130, 264, 328), (3, 8, 8), (193, 72, 40)]
+)
+def test_cuda_on_hopper(
+    on_hopper: list[str], rows: int, width: int, hidden: int, dtype: torch.dtype
+) -> None:
+    """One and several tiles both ways, fewer and more steps than stages, ragged ends, weights as in
+    nn.Linear and as in Conv1D."""
+    given = inputs(rows, width, hidden=hidden)
+    assert_accurate(gelu_mlp, given, dtype=dtype, backend="cuda")
+    turned = {name: given[name].t().contiguous().t() for name in ("fc_weight", "proj_weight")}
+    assert_accurate(gelu_mlp, {**given, **turned}, dtype=dtype, backend="cuda")
+    assert on_hopper.count("gelu_product_hopper_forward") == 2
+    assert on_hopper.count("gelu_product_hopper_backward") == 2
+
+
+@pytest.mark.parametrize(
+    "wanted", [["fc_bias"], ["proj_weight"], ["fc_weight"], ["fc_bias", "proj_weight"]]
+)
+def test_cuda_on_hopper_some_gradients(on_hopper: list[str], wanted: list[str]) -> None:
+    given = inputs(70, 80)
+    for missing in ({}, {"fc_bias": None} if "fc_bias" not in wanted else {}):
+        assert_accurate(
+            gelu_mlp, {**given, **missing}, dtype=torch.bfloat16, wanted=wanted, backend="cuda"
+        )
+    assert "gelu_product_hopper_forward" in on_hopper
+
+
+def test_cuda_on_hopper_same_bits(on_hopper: list[str]) -> None:
+    """Without a backward to come h is not written; run after run gives the same bits, in the emulator
+    whatever the order in which threads run and copies arrive."""
+    leaves = leaves_of("cuda", 130, 72, dtype=torch.bfloat16)
+    kernels = backends.cuda_kernels()
+    runs = []
+    with gpt2fast.use_backend("cuda"):
+        for backwards in (False, True):
+            if kernels.emulated:
+                kernels.options(reversed=backwards)
+            y = gelu_mlp(**leaves)
+            runs.append([y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))])
+            if kernels.emulated:
+                kernels.options()
+        with torch.no_grad():
+            runs.append([gelu_mlp(**leaves)])
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=False):
+            assert torch.equal(a, b)
+
+
+def test_cuda_on_hopper_rows_that_tma_does_not_take(on_hopper: list[str]) -> None:
+    """Rows that overlap go to mma.sync, rows that begin anywhere to cuBLAS."""
+    given = inputs(70, 80)
+    rest = {name: value for name, value in given.items() if name != "x"}
+    assert_accurate(
+        lambda row, **rest: gelu_mlp(row.expand(70, 80), **rest),
+        {"row": torch.randn(1, 80), **rest},
+        dtype=torch.bfloat16,
+        backend="cuda",
+    )
+    assert [name for name in on_hopper if "product" in name] == [
+        "gelu_product_forward",
+        "gelu_product_hopper_backward",
+    ]
+    on_hopper.clear()
+    assert_accurate(
+        lambda wide, **rest: gelu_mlp(wide[:, 1:81], **rest),
+        {"wide": torch.randn(70, 96), **rest},
+        dtype=torch.bfloat16,
+        backend="cuda",
+    )
+    assert "gelu_product_hopper_forward" not in on_hopper
+
+
+@pytest.fixture(params=["stand-in", "library"])
+def cublaslt(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> list[int]:
+    """The backend on the library, or on a stand-in for it on a CPU; lists the epilogues it ran."""
+    module = load("gelu_mlp", "cublaslt")
+    if request.param == "library":
+        if not (found := backends.status("cublaslt")).available:
+            pytest.skip(found.detail)
+    else:
+        if torch.cuda.is_available():
+            pytest.skip("the library itself is here")
+        if (compiler := shutil.which("g++")) is None:
+            pytest.skip("the stand-in is built with g++, which is not here")
+        made = tmp_path / "cublaslt.so"
+        source = cuda_emulator.CSRC / "testing" / "cublaslt.cpp"
+        subprocess.run([compiler, "-O2", "-fPIC", "-shared", source, "-o", made], check=True)
+        library = ctypes.CDLL(str(made))
+        monkeypatch.setattr(module, "cublaslt", lambda: library)
+        monkeypatch.setattr(backends, "status", lambda name: backends.Status(True, name))
+        monkeypatch.setattr(backends, "_device_of", lambda _: "cpu")
+    ran: list[int] = []
+
+    def product(a: torch.Tensor, b: torch.Tensor, epilogue: int, *rest: object) -> bool:
+        if taken := original(a, b, epilogue, *rest):
+            ran.append(epilogue)
+        return taken
+
+    original = module._product
+    monkeypatch.setattr(module, "_product", product)
+    for cached in (module._handle, module._plan):
+        cached.cache_clear()
+    return ran
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cublaslt(cublaslt: list[int], dtype: torch.dtype) -> None:
+    """Every epilogue, both layouts of weights, rows that lie apart; then what it does not take."""
+    given = inputs(9, 80, hidden=96, out=72)
+    assert_accurate(gelu_mlp, given, dtype=dtype, backend="cublaslt")
+    turned = {name: given[name].t().contiguous().t() for name in ("fc_weight", "proj_weight")}
+    assert_accurate(gelu_mlp, {**given, **turned}, dtype=dtype, backend="cublaslt")
+    assert cublaslt == [164, 208] * 2  # GELU_AUX_BIAS, DGELU_BGRAD
+    cublaslt.clear()
+    assert_accurate(gelu_mlp, {**given, "fc_bias": None}, dtype=dtype, backend="cublaslt")
+    without_grad = torch.no_grad()(gelu_mlp)
+    assert_accurate(without_grad, given, dtype=dtype, wanted=[], backend="cublaslt")
+    assert cublaslt == [160, 192, 36]  # GELU_AUX, DGELU, GELU_BIAS
+    cublaslt.clear()
+    assert_accurate(
+        lambda packed, **rest: gelu_mlp(packed[:, 80:160], **rest),
+        {"packed": torch.randn(9, 240), **{n: v for n, v in given.items() if n != "x"}},
+        dtype=dtype,
+        backend="cublaslt",
+    )
+    assert cublaslt == [164, 208]
+    assert_accurate(gelu_mlp, inputs(9, 33, hidden=41), dtype=dtype, backend="cublaslt")
+    assert len(cublaslt) == 2
+
+
+def test_cublaslt_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(backends.ctypes, "CDLL", missing)
+    monkeypatch.setattr(backends, "cublaslt", backends.cublaslt.__wrapped__)
+    found = backends.status.__wrapped__("cublaslt")
+    assert not found.available
+    assert "neither libcublasLt.so.13 nor libcublasLt.so.12 is found" in found.detail
+
+
+def test_cublaslt_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.SimpleNamespace(cublasLtGetVersion=unittest.mock.Mock(return_value=140000))
+    monkeypatch.setattr(backends.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(backends, "cublaslt", backends.cublaslt.__wrapped__)
+    assert "says that it is version 140000" in backends.status.__wrapped__("cublaslt").detail
+
+
+def test_cublaslt_never_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "status", lambda name: backends.Status(True, name))
+    monkeypatch.setattr(backends, "selected", dict)
+    assert backends._choose_for("cuda", "gelu_mlp") == "triton"
+    monkeypatch.setattr(backends, "selected", lambda: {"gelu_mlp": {"backend": "cublaslt"}})
+    assert backends._choose_for("cuda", "gelu_mlp") == "cublaslt"
 
 
 def test_triton_rule_has_tiles_that_fit() -> None:

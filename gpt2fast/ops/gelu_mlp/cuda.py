@@ -1,7 +1,8 @@
-"""The GELU-MLP on the CUDA kernels (csrc/gelu_mlp/gelu_mlp.cu) and cuBLAS.
+"""The GELU-MLP on the CUDA kernels (csrc/gelu_mlp) and cuBLAS.
 
 The two products that have the GELU beside them are tensor-core kernels of our own in bf16 and fp16,
-where rows are multiples of 16 bytes and there are enough tiles to give every multiprocessor one.
+where rows are multiples of 16 bytes and there are enough tiles to give every multiprocessor one:
+gelu_mlp_hopper.cu (wgmma and TMA) on Hopper where rows do not overlap, else gelu_mlp.cu (mma.sync).
 Otherwise (fp32, a width that is no multiple of 8, small batches, which cuBLAS splits along the inner
 dimension) the product is PyTorch's and the GELU a pass of its own. The other products are PyTorch's.
 """
@@ -9,11 +10,12 @@ dimension) the product is PyTorch's and the GELU a pass of its own. The other pr
 import torch
 from torch import Tensor
 
-from gpt2fast.ops.cuda_common import launch, parameter, processors_of
+from gpt2fast.ops.cuda_common import is_hopper, launch, parameter, processors_of
 from gpt2fast.ops.gelu import cuda as elementwise
 from gpt2fast.ops.registry import DTYPE_CODES
 
-TILE = 128  # rows and columns of a kernel's output tile
+TILE, HOPPER_TILE = (128, 128), (128, 256)  # rows and columns of a kernel's output tile
+PARTIAL_ROWS, HOPPER_PARTIAL_ROWS = 128, 64  # that one line of a bias gradient's partial sums has
 
 
 def _aligned(tensor: Tensor) -> bool:
@@ -27,19 +29,27 @@ def _aligned(tensor: Tensor) -> bool:
     )
 
 
-def _operands(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[object, ...] | None:
-    """The kernels' arguments for a (R, K) times b (K, H), or None where they do not serve."""
+def _operands(
+    a: Tensor, b: Tensor, bias: Tensor | None
+) -> tuple[tuple[object, ...] | None, tuple[int, ...]]:
+    """The kernels' arguments for a (R, K) times b (K, H), or None where they do not serve; and what
+    Hopper's kernels take at the end: the number of their blocks, or nothing where they do not serve."""
     rows, columns = a.shape[0], b.shape[1]
-    tiles = -(-rows // TILE) * -(-columns // TILE)
-    if a.dtype == torch.float32 or columns % 8 or tiles < processors_of(a):
-        return None
+    if a.dtype == torch.float32 or columns % 8:
+        return None, ()
     turned = b.stride(1) == 1
     b = b if turned else b.t()
     b = b if b.stride(1) == 1 else b.contiguous()
     added, wide = parameter(bias, a)
     if not (_aligned(a) and _aligned(b)) or (added is not None and added.data_ptr() % 8):
-        return None
-    return a, a.stride(0), b, b.stride(0), turned, added, wide
+        return None, ()
+    apart = a.stride(0) >= a.shape[1] and b.stride(0) >= b.shape[1]
+    processors = processors_of(a)
+    hopper = (processors,) if apart and is_hopper(a) else ()
+    tile = HOPPER_TILE if hopper else TILE
+    if -(-rows // tile[0]) * -(-columns // tile[1]) < processors:
+        return None, ()
+    return (a, a.stride(0), b, b.stride(0), turned, added, wide), hopper
 
 
 def forward(
@@ -54,10 +64,11 @@ def forward(
     count, (hidden, depth) = x.shape[0], fc_weight.shape
     activation = x.new_empty((count, hidden))
     h = x.new_empty((count, hidden)) if save else None
-    operands = _operands(x, fc_weight.t(), fc_bias)
+    operands, hopper = _operands(x, fc_weight.t(), fc_bias)
     if operands is not None:
-        sizes = (count, hidden, depth, DTYPE_CODES[x.dtype])
-        launch("gelu_product_forward", *operands, h, activation, *sizes)
+        name = "gelu_product_hopper_forward" if hopper else "gelu_product_forward"
+        sizes = (count, hidden, depth, DTYPE_CODES[x.dtype], *hopper)
+        launch(name, *operands, h, activation, *sizes)
     else:
         plain = activation if h is None else h
         torch.mm(x, fc_weight.t(), out=plain)
@@ -110,7 +121,7 @@ def _hidden_gradient(
     """dh (R, H) and its sum over rows (H,) fp32 where needed; writes gelu(h + fc_bias) (R, H)."""
     (count, hidden), depth = h.shape, dy.shape[1]
     dh = torch.empty_like(h) if need_dh else None
-    operands = _operands(dy, proj_weight, fc_bias)
+    operands, hopper = _operands(dy, proj_weight, fc_bias)
     if operands is None:
         dact = torch.empty_like(h) if dh is None else dh
         torch.mm(dy, proj_weight, out=dact)
@@ -118,9 +129,11 @@ def _hidden_gradient(
     dbias = partials = None
     if need_bias:
         dbias = h.new_empty((hidden,), dtype=torch.float32)
-        partials = h.new_empty((-(-count // TILE), hidden), dtype=torch.float32)
-    sizes = (count, hidden, depth, DTYPE_CODES[h.dtype])
-    launch("gelu_product_backward", *operands, h, activation, dh, dbias, partials, *sizes)
+        of_line = HOPPER_PARTIAL_ROWS if hopper else PARTIAL_ROWS
+        partials = h.new_empty((-(-count // of_line), hidden), dtype=torch.float32)
+    name = "gelu_product_hopper_backward" if hopper else "gelu_product_backward"
+    sizes = (count, hidden, depth, DTYPE_CODES[h.dtype], *hopper)
+    launch(name, *operands, h, activation, dh, dbias, partials, *sizes)
     return dh, dbias
 
 
