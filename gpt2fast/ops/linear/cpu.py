@@ -1,6 +1,6 @@
 """Matrix products in fp32 on the C++ kernel (csrc/linear/linear_cpu.cpp), where it beats the BLAS.
 
-Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): x W^T runs at 1.1 to 1.4 times
+Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): x W^T runs at 1.0 to 1.2 times
 MKL's rate, at 8 to 32 rows 2 to 3 times; the two products of backward at 0.9 to 1.2 times at 256 rows
 and level at 1024, where they are left to MKL. On Intel's CPUs MKL is at home, and other builds of
 PyTorch have other libraries: there PyTorch's product is taken.
