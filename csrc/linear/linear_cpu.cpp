@@ -1,4 +1,4 @@
-// The matrix products of a linear layer in fp32, for as few rows as a training step on a CPU has.
+// The matrix products of a linear layer in fp32.
 //
 //   computes  C = A B, or C + A B; a bias may be added to every row of C.
 //   layout    C (rows x columns) and A (rows x depth), B (depth x columns), each row-major with any row stride, or
