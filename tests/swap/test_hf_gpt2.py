@@ -485,6 +485,34 @@ def test_what_is_left_alone_has_a_reason() -> None:
     assert "left alone: loss: Linear (lm_head): the head of" in str(report)
 
 
+def test_a_head_with_a_bias_keeps_it() -> None:
+    plain = make()
+    plain.lm_head.bias = nn.Parameter(torch.randn(VOCAB))
+    fast = copy.deepcopy(plain)
+    report = apply_gpt2fast_to_gpt2(fast)
+    assert [(e.kind, e.reason) for e in report.left_alone] == [("loss", "it has a bias")]
+    torch.testing.assert_close(
+        fast.eval()(ids(), labels=ids()).loss, plain.eval()(ids(), labels=ids()).loss
+    )
+
+
+@pytest.mark.parametrize("part", ["ln_1", "mlp", "attn", "mlp.c_fc", "attn.c_proj"])
+def test_a_forward_that_somebody_replaced_is_kept(part: str) -> None:
+    fast = make().eval()
+    module = fast.transformer.h[1].get_submodule(part)
+    theirs, seen = module.forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(True)
+        return theirs(*args, **kwargs)
+
+    module.forward = forward
+    apply_gpt2fast_to_gpt2(fast)
+    fast(ids())
+    assert seen == [True]
+    assert module.forward is forward
+
+
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
 def test_every_tanh_gelu_of_theirs_is_known(activation: str) -> None:
     plain, fast, report = pair(activation_function=activation)
