@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
       for (int i = 0; i < 4; ++i)  // so that the largest product is that of the largest score
         if (problem.scale < 0) q[m][step][i] ^= 0x80008000u;
     }
-  const float scale = fabsf(problem.scale) * LOG2_E;
+  const float scale = fmaxf(fabsf(problem.scale) * LOG2_E, 1e-37f);  // not 0: a hidden key's score is -infinity
   Softmax<WIDTH, M> softmax;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
