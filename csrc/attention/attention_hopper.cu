@@ -182,12 +182,14 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
       arrive(shared.gone[used % STAGES]);
       row.take(scale, KEYS > whole, 0, seen);
       row.round();
+      const T* v = come(1);
       for (int i = 2; i <= last; i += 2) {  // S of this step, P v of the last one
         multiply_q(come(i));
-        multiply_p(come(i - 1), i > 2);
+        multiply_p(v, i > 2);
         wgmma_wait<1>(row.s);
         arrive(shared.gone[(used + i) % STAGES]);
         row.take(scale, i / 2 * KEYS + KEYS > whole, i / 2 * KEYS, seen);
+        v = come(i + 1);  // here: a loop, behind which ptxas does not move the softmax
         wgmma_wait<0>(out);
         arrive(shared.gone[(used + i - 1) % STAGES]);
 #pragma unroll
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         row.round();
       }
       arrive(shared.q_gone[round % 2]);
-      multiply_p(come(last + 1), last > 0);
+      multiply_p(v, last > 0);
       float factor[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
