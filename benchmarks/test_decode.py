@@ -29,7 +29,7 @@ VARIANTS = {
     "int8": (1, {"ctranslate2": "ctranslate2", "llama.cpp": "llama_cpp", "gpt2fast": "torch"}),
 }  # fmt: skip
 CASES = [(name, weights) for weights, (_, names) in VARIANTS.items() for name in names]
-NEW, ROUNDS = 24, 5
+NEW, ROUNDS = 64, 5
 WEIGHTS = 124_439_808
 
 pytestmark = pytest.mark.skipif(GPU, reason="the decoder is for CPUs")

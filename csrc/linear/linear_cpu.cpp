@@ -1,4 +1,4 @@
-// The matrix products of a linear layer in fp32, for as few rows as a training step on a CPU has.
+// The matrix products of a linear layer in fp32.
 //
 //   computes  C = A B, or C + A B; a bias may be added to every row of C.
 //   layout    C (rows x columns) and A (rows x depth), B (depth x columns), each row-major with any row stride, or
@@ -30,9 +30,13 @@ static bool turned(i64 rows, i64 depth, bool b_across) { return b_across && rows
 struct Blocks {
   i64 packed;  // columns of the packed side in a block: these times DEPTH stay in the second cache
   i64 depth;   // of the packed block
-  Blocks(bool a_across, bool turn, i64 whole) {
+  Blocks(bool a_across, bool turn, i64 columns, i64 whole, int threads) {
     packed = a_across ? 1024 : 256;
     depth = turn ? whole : smaller(whole, DEPTH);
+    if (!a_across && !turn) {  // weights are the packed side: as many blocks for each thread
+      const i64 blocks = (columns + 384 * threads - 1) / (384 * threads) * threads;
+      packed = up((columns + blocks - 1) / blocks, NR);
+    }
   }
 };
 
@@ -51,7 +55,7 @@ struct MatmulSpace {
 
 i64 matmul_workspace(i64 rows, i64 columns, i64 depth, bool a_across, bool b_across, int threads) {
   const bool turn = turned(rows, depth, b_across);
-  return threads * MatmulSpace(nullptr, Blocks(a_across, turn, depth), turn ? rows : columns).floats;
+  return threads * MatmulSpace(nullptr, Blocks(a_across, turn, columns, depth, threads), turn ? rows : columns).floats;
 }
 
 // Columns of `depth` rows to panels of NR, zero-padded: to[panel][d][NR].
@@ -160,7 +164,7 @@ void matmul(uintptr_t a, i64 a_stride, bool a_across, uintptr_t b, i64 b_stride,
   const float *s = (const float*)(turn ? b : a), *p = (const float*)(turn ? a : b);
   const i64 s_stride = turn ? b_stride : a_stride, p_stride = turn ? a_stride : b_stride;
   const i64 length = turn ? columns : rows, packed = turn ? rows : columns;
-  const Blocks blocks(a_across, turn, depth);
+  const Blocks blocks(a_across, turn, columns, depth, threads);
   const i64 groups = (length + GROUP - 1) / GROUP, all = (packed + blocks.packed - 1) / blocks.packed;
   const i64 floats = MatmulSpace(nullptr, blocks, packed).floats;
   parallel_shares(all * groups, 1, threads, [&](int share, i64 begin, i64 end) {

@@ -1,8 +1,7 @@
 """Matrix products in fp32 on the C++ kernel (csrc/linear/linear_cpu.cpp), where it beats the BLAS.
 
-Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): x W^T runs at 1.1 to 1.4 times
-MKL's rate, at 8 to 32 rows 2 to 3 times; the two products of backward at 0.9 to 1.2 times at 256 rows
-and level at 1024, where they are left to MKL. On Intel's CPUs MKL is at home, and other builds of
+Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): 1.3 to 1.5 times MKL's rate at 64
+rows, 1.1 to 1.2 at 256, 1.02 to 1.1 from 1024 on. On Intel's CPUs MKL is at home, and other builds of
 PyTorch have other libraries: there PyTorch's product is taken.
 """
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from gpt2fast.backends import BackendUnavailable, cpu_extension, cpu_kernels
 from gpt2fast.ops.registry import DTYPE_CODES
 
-LEAST_ROWS, MOST_ROWS = 4, 512  # of activations; x W^T has no upper limit
+LEAST_ROWS = 4  # of activations
 MOST_THREADS = 8  # each packs for itself; two have been measured
 WORK = 1 << 18  # multiplications below which a call's Python costs more than is gained
 
@@ -72,7 +71,6 @@ def matmul(
     fits = (
         not torch.compiler.is_compiling()  # a compiler cannot look into the kernel
         and serves(activations, rows * columns * depth, a, b)
-        and (b_across or activations <= MOST_ROWS)
         and not (a_across and (b_across or a.stride(0) != 1))
         and not (b_across and b.stride(0) != 1)
         and (out is None or out.stride(1) == 1)
