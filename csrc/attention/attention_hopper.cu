@@ -11,9 +11,9 @@
 //             One thread of the first warpgroup starts all copies: q for this tile and the next, k and v in one ring of
 //             tiles of 128 keys, which runs ahead into the next tile; its warpgroup gives its registers to the
 //             others. These have 64 queries each: S from shared memory, 64 accumulators a thread; softmax; P in
-//             registers is the left operand of P v, 32 accumulators. While the tensor cores have P v of one tile of
-//             keys behind S of the next, the softmax of that S begins. Only tiles at the diagonal or at the end
-//             are masked; those beyond the diagonal are not read.
+//             registers is the left operand of P v, 32 accumulators. The tensor cores have P v of one tile of keys
+//             behind S of the next, whose softmax runs beside it. Only tiles at the diagonal or at the end are
+//             masked; those beyond the diagonal are not read.
 //   shared    tiles in TMA's order (common/hopper.h). Keys and queries outside of the tensors are 0, as TMA fills
 //             them; it does not store them.
 //   rounds    as attention.cu: P to the inputs' dtype, sums in fp32. No sum crosses warpgroups: same inputs, same bits.
