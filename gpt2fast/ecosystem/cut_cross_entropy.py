@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpt2fast import functional
 from gpt2fast.ecosystem._refuse import check_head, refuse
+from gpt2fast.ops.checks import check_number
 
 __all__ = ["linear_cross_entropy"]
 
@@ -68,6 +69,7 @@ def linear_cross_entropy(
         vocab_parallel_options=(vocab_parallel_options, None),
     )
     check_head("e", e, "c", c, "targets", targets)
+    check_number("shift", shift, whole=True)
     if not 0 <= shift < max(1, targets.shape[-1] if targets.dim() else 1):
         raise ValueError(
             f"shift must be less than the {targets.shape[-1]} targets of a row and not negative, got"

@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gpt2fast import functional
 from gpt2fast.ecosystem._refuse import refuse
 from gpt2fast.ops.attention import reference
-from gpt2fast.ops.checks import check_floating, check_shape, dropout_seed
+from gpt2fast.ops.checks import (
+    check_dropout,
+    check_floating,
+    check_number,
+    check_shape,
+    dropout_seed,
+)
+from gpt2fast.ops.layer_norm import reference as layer_norm_reference
 
 __all__ = [
     "CrossEntropyLoss",
@@ -202,6 +208,7 @@ def flash_attn_varlen_qkvpacked_func(
     """
     name = "flash_attn_varlen_qkvpacked_func"
     _refuse_masks(name, window_size, softcap, alibi_slopes)
+    check_number("max_seqlen", max_seqlen, whole=True)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     options = (dropout_p, softmax_scale, causal, return_attn_probs)
     q, k, v = _unpacked("qkv", qkv, 3)
@@ -499,10 +506,10 @@ def layer_norm_fn(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Layer norm of s = dropout(rowscale x) + residual; with `prenorm` also s.
 
-    The addition and the norm are one pass over memory; dropout, rowscale and a residual in another
+    Dropout, the addition and the norm are one pass over memory; rowscale and a residual in another
     dtype than x take a pass each.
 
     Args:
@@ -515,12 +522,14 @@ def layer_norm_fn(
         prenorm: return s too, for the next residual.
         residual_in_fp32: where there is no residual yet, s is fp32.
         zero_centered_weight: weight + 1 is the weight.
+        return_dropout_mask: for tests, as in the original: return the mask, too, which is computed
+            once more in plain PyTorch.
         out_dtype: of y; default x's.
-        x1, weight1, bias1, is_rms_norm, return_dropout_mask, out, residual_out: only their
-            defaults.
+        x1, weight1, bias1, is_rms_norm, out, residual_out: only their defaults.
 
     Returns:
-        y of x's shape and dtype (or out_dtype), or (y, s).
+        y of x's shape and dtype (or out_dtype), or (y, s). With return_dropout_mask two more: a bool
+        tensor of x's shape, True where x is kept, or None without dropout; and None, for x1.
 
     Raises:
         TypeError, ValueError: a wrong or unsupported argument, named.
@@ -536,7 +545,6 @@ def layer_norm_fn(
         weight1=(weight1, None),
         bias1=(bias1, None),
         is_rms_norm=(is_rms_norm, False),
-        return_dropout_mask=(return_dropout_mask, False),
         out=(out, None),
         residual_out=(residual_out, None),
     )
@@ -544,21 +552,28 @@ def layer_norm_fn(
     wanted = x.dtype if out_dtype is None else out_dtype
     if not isinstance(wanted, torch.dtype):
         raise TypeError(f"out_dtype must be a torch.dtype or None, got {out_dtype!r}")
+    check_dropout(dropout_p)
     if rowscale is not None:
         check_shape("rowscale", rowscale, tuple(x.shape[:-1]), "x's without its last dimension")
         x = x * rowscale.unsqueeze(-1).to(x.dtype)
-    if dropout_p:
-        x = F.dropout(x, dropout_p)
     if zero_centered_weight:
         weight = weight + 1
+    if residual is None and residual_in_fp32:
+        x = x.float()
+    if residual is None and dropout_p:
+        residual = x.new_zeros(x.shape[-1]).expand_as(x)  # one row, read again and again
+    seed = _coming_seed(dropout_p, x.device) if return_dropout_mask else None
     if residual is None:
-        total = x.float() if residual_in_fp32 else x
-        y = functional.layer_norm(total, weight, bias, eps)
+        total, y = x, functional.layer_norm(x, weight, bias, eps)
     else:
-        total, y = functional.add_layer_norm(x, residual, weight, bias, eps)
+        total, y = functional.add_layer_norm(x, residual, weight, bias, eps, dropout_p)
         total = total.to(residual.dtype)
     y = y.to(wanted)
-    return (y, total) if prenorm else y
+    results = (y, total) if prenorm else (y,)
+    if return_dropout_mask:
+        mask = None if seed is None else layer_norm_reference.kept(x.shape, dropout_p, seed)
+        return *results, mask, None
+    return results if prenorm else y
 
 
 def cross_entropy_loss(
@@ -603,6 +618,8 @@ def cross_entropy_loss(
     if logits.dim() != 2:
         raise ValueError(f"logits must have shape (N, V), got {tuple(logits.shape)}")
     check_shape("labels", labels, tuple(logits.shape[:1]), "logits' rows")
+    check_number("logit_scale", logit_scale)
+    check_number("lse_square_scale", lse_square_scale)
     base = logits if logits._base is None else logits._base
     if logit_scale != 1.0:  # in fp32, as the original: rounding to half precision is the loss's
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
@@ -735,6 +752,9 @@ class FusedMLP(nn.Module):
         refuse("FusedMLP", activation=(activation, "gelu_approx"))
         if checkpoint_lvl not in (0, 1, 2):
             raise ValueError(f"checkpoint_lvl must be 0, 1 or 2, got {checkpoint_lvl}")
+        check_number("in_features", in_features, whole=True)
+        check_number("hidden_features", hidden_features, whole=True, optional=True)
+        check_number("out_features", out_features, whole=True, optional=True)
         hidden = 4 * in_features if hidden_features is None else hidden_features
         out = in_features if out_features is None else out_features
         self.activation = activation

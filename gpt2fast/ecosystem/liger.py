@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gpt2fast import functional
 from gpt2fast.ecosystem._refuse import check_head, refuse
 from gpt2fast.ecosystem.flash_attn import reduce, z_losses
-from gpt2fast.ops.checks import check_floating, check_shape
+from gpt2fast.ops.checks import check_floating, check_number, check_shape
 
 __all__ = [
     "CrossEntropyOutput",
@@ -65,6 +65,7 @@ class LigerLayerNorm(nn.Module):
         self, hidden_size: int, eps: float = 1e-6, bias: bool = False, init_fn: str = "ones"
     ) -> None:
         super().__init__()
+        check_number("hidden_size", hidden_size, whole=True)
         if init_fn not in ("ones", "zeros"):
             raise ValueError(f'init_fn must be "ones" or "zeros", got {init_fn!r}')
         start = torch.ones if init_fn == "ones" else torch.zeros
@@ -144,14 +145,14 @@ def liger_cross_entropy(
         return_token_accuracy=(return_token_accuracy, False),
         return_predicted_tokens=(return_predicted_tokens, False),
     )
+    check_number("lse_square_scale", lse_square_scale)
     check_floating("input", input)
     if input.dim() != 2:
         raise ValueError(f"input must have shape (N, V), got {tuple(input.shape)}")
     check_shape("target", target, tuple(input.shape[:1]), "input's rows")
     dtype = input.dtype
+    _check_softcap(softcap)
     if softcap is not None:
-        if not softcap > 0:
-            raise ValueError(f"softcap must be positive or None, got {softcap}")
         input = softcap * torch.tanh(input.float() / softcap)
     loss = functional.cross_entropy(
         input,
@@ -202,8 +203,7 @@ class LigerCrossEntropyLoss(nn.Module):
             return_predicted_tokens=(return_predicted_tokens, False),
         )
         _check(label_smoothing, reduction)
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"softcap must be positive or None, got {softcap}")
+        _check_softcap(softcap)
         self.ignore_index = ignore_index
         self.lse_square_scale = lse_square_scale
         self.label_smoothing = label_smoothing
@@ -225,7 +225,14 @@ class LigerCrossEntropyLoss(nn.Module):
         )
 
 
+def _check_softcap(softcap: float | None) -> None:
+    check_number("softcap", softcap, optional=True)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+
+
 def _check(label_smoothing: float, reduction: str) -> None:
+    check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
     if reduction not in ("mean", "sum", "none"):
@@ -279,6 +286,7 @@ def liger_fused_linear_cross_entropy(
         return_token_accuracy=(return_token_accuracy, False),
         return_predicted_tokens=(return_predicted_tokens, False),
     )
+    check_number("lse_square_scale", lse_square_scale)
     check_head("input", input, "weight", weight, "target", target)
     if accum_dtype not in (None, torch.float32):
         raise ValueError(f"accum_dtype must be None or torch.float32, got {accum_dtype}")

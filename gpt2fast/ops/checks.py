@@ -59,8 +59,19 @@ def check_parameter(
     check_same_device(name, parameter, x_name, x)
 
 
+def check_number(name: str, value: object, *, whole: bool = False, optional: bool = False) -> None:
+    """Raises TypeError unless `value` is a number: one of Python, numpy or a graph, or a tensor of
+    one element; `whole`: an integer; `optional`: or None."""
+    if isinstance(value, int if whole else (int, float)) or (optional and value is None):
+        return
+    if not (hasattr(value, "__index__") or (hasattr(value, "__float__") and not whole)):
+        wanted = ("an int" if whole else "a number") + (" or None" if optional else "")
+        raise TypeError(f"{name} must be {wanted}, got {value!r}, a {type(value).__name__}")
+
+
 def check_dropout(dropout_p: float) -> None:
-    """Raises ValueError unless `dropout_p` is a probability."""
+    """Raises unless `dropout_p` is a probability."""
+    check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must lie between 0 and 1, got {dropout_p}")
 

@@ -13,11 +13,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from gpt2fast import functional
 from gpt2fast.backends import KERNEL_DTYPES
@@ -49,6 +50,10 @@ _SEPARATE = (
 _ATTENTION_DROPOUT = ("attn_dropout", "attn_drop", "attention_dropout")
 _DROPOUT_NUMBER = ("dropout", "dropout_p", "attn_pdrop", "attn_dropout_p", "p")
 ERF = "its GELU is the erf form; the kernel's tanh form is another function"
+DROPOUT = (
+    "only its dropout differs: the probability is no attribute of the module (self.dropout would be"
+    " found), or something else than probabilities and output is dropped"
+)
 
 
 @dataclass(frozen=True)
@@ -282,6 +287,29 @@ def _without_attention_dropout(module: Any, how: AttentionPlan) -> Iterator[None
             drop.p = before
 
 
+class _WithoutDropout(TorchFunctionMode):
+    """Drops nothing, whatever probability dropout is called with."""
+
+    #: Where a function takes its probability.
+    PLACES: ClassVar[dict[Any, tuple[str, int]]] = {
+        F.dropout: ("p", 1),
+        torch.dropout: ("p", 1),
+        F.scaled_dot_product_attention: ("dropout_p", 4),
+    }
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if function in self.PLACES:
+            name, place = self.PLACES[function]
+            if len(args) > place:
+                args = (*args[:place], 0.0, *args[place + 1 :])
+            else:
+                kwargs[name] = 0.0
+        return function(*args, **kwargs)
+
+
 def _placed(module: nn.Module) -> tuple[torch.dtype, torch.device]:
     parameter = next(module.parameters())
     return parameter.dtype, parameter.device
@@ -383,9 +411,15 @@ def _try_attention(
         width = module._modules[how.qkv[0]].in_features  # type: ignore[union-attr]
         with _without_attention_dropout(module, how):
             why = _prove(module, attention, how, width)  # type: ignore[arg-type]
+            if why is not None and why.endswith("in training"):
+                with _WithoutDropout():
+                    if _prove(module, attention, how, width) is None:  # type: ignore[arg-type]
+                        why = DROPOUT
         if why is None:
             return how, None
         reasons.append(why)
+    if DROPOUT in reasons:
+        return None, DROPOUT
     return None, f"not plain causal self-attention: {reasons[0]}"
 
 

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,6 @@ REFUSED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
                 "x1": torch.ones(2, 8),
                 "weight1": torch.ones(8),
                 "is_rms_norm": True,
-                "return_dropout_mask": True,
                 "out": torch.ones(2, 8),
             },
         ),
@@ -163,6 +163,78 @@ def test_mistakes_are_told_in_the_names_of_the_package(
         function(*args, **options)
     with pytest.raises(TypeError, match="out_dtype must be"):
         flash_attn.layer_norm_fn(X, X[0], None, out_dtype="bf16")
+
+
+Q, QKV = torch.ones(1, 4, 2, 8), torch.ones(1, 4, 3, 2, 8)
+STARTS, LONGEST = torch.tensor([0, 4], dtype=torch.int32), (4, 4)
+#: How every function with a number among its arguments is called; modules are called, too.
+CALLS: dict[Any, tuple[tuple[Any, ...], tuple[Any, ...] | None]] = {
+    flash_attn.flash_attn_func: ((Q, Q, Q), None),
+    flash_attn.flash_attn_qkvpacked_func: ((QKV,), None),
+    flash_attn.flash_attn_kvpacked_func: ((Q, QKV[:, :, :2]), None),
+    flash_attn.flash_attn_varlen_func: ((Q[0], Q[0], Q[0], STARTS, STARTS, *LONGEST), None),
+    flash_attn.flash_attn_varlen_qkvpacked_func: ((QKV[0], STARTS, 4), None),
+    flash_attn.flash_attn_varlen_kvpacked_func: (
+        (Q[0], QKV[0, :, :2], STARTS, STARTS, *LONGEST),
+        None,
+    ),
+    flash_attn.flash_attn_with_kvcache: ((Q, Q, Q), None),
+    flash_attn.layer_norm_fn: ((X, X[0], None), None),
+    flash_attn.cross_entropy_loss: ((X, LABELS), None),
+    flash_attn.CrossEntropyLoss: ((), (X, LABELS)),
+    flash_attn.FusedMLP: ((16,), (X,)),
+    liger.liger_layer_norm: ((X, X[0], X[0], 1e-5), None),
+    liger.LigerLayerNorm: ((16,), (X,)),
+    liger.liger_cross_entropy: ((X, LABELS), None),
+    liger.LigerCrossEntropyLoss: ((), (X, LABELS)),
+    FUSED: ((X, WEIGHT, LABELS), None),
+    liger.LigerFusedLinearCrossEntropyLoss: ((), (WEIGHT, X, LABELS)),
+    cut_cross_entropy.linear_cross_entropy: ((X, WEIGHT, LABELS), None),
+}
+#: Hints that have no meaning here: any value.
+HINTS = ("num_splits", "heuristic", "filter_eps")
+
+
+def call(function: Any, given: dict[str, Any], then: tuple[Any, ...] | None) -> None:
+    made = function(**given)
+    if then is not None:
+        made(*then)
+
+
+def test_what_is_no_number_is_told_by_name() -> None:
+    public = {
+        f for m in (flash_attn, liger, cut_cross_entropy) for f in map(vars(m).get, m.__all__)
+    }
+    assert public == {*CALLS, liger.CrossEntropyOutput}
+    seen = set()
+    for function, (args, then) in CALLS.items():
+        parameters = inspect.signature(function).parameters
+        for name, parameter in parameters.items():
+            kinds = str(parameter.annotation).split(" | ")
+            if name in HINTS or not {"int", "float"}.intersection(kinds):
+                continue
+            given = dict(zip(parameters, args, strict=False))
+            for wrong in ("0.1", [1], object()):
+                # a function refuses any other value of what it does not support with a ValueError
+                with pytest.raises((TypeError, ValueError), match=rf"^{name}\b") as raised:
+                    call(function, given | {name: wrong}, then)
+                assert raised.type is TypeError or name in ("softcap", "checkpoint_lvl"), name
+            seen.add(name)
+            if "None" in kinds:
+                call(function, given | {name: None}, then)
+    assert {"softmax_scale", "dropout_p", "eps", "max_seqlen", "label_smoothing", "shift"} <= seen
+
+
+def test_numbers_of_other_kinds_are_taken() -> None:
+    """As torch takes them: numpy's, and tensors of one element."""
+    expected = flash_attn.flash_attn_func(Q, Q, Q, softmax_scale=0.5)
+    for scale in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+        found = flash_attn.flash_attn_func(Q, Q, Q, softmax_scale=scale)  # type: ignore[arg-type]
+        assert torch.equal(found, expected)
+    assert torch.equal(
+        flash_attn.flash_attn_func(Q, Q, Q, softmax_scale=1),
+        flash_attn.flash_attn_func(Q, Q, Q, softmax_scale=1.0),
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -296,6 +368,54 @@ def test_layer_norm_dtypes_rowscale_and_dropout() -> None:
     torch.testing.assert_close(total, x.float() * scale[:, None])
     _, total = flash_attn.layer_norm_fn(torch.ones(50, 24), ones, None, dropout_p=0.5, prenorm=True)
     assert set(total.flatten().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+@pytest.mark.parametrize("rowscale", [False, True])
+@pytest.mark.parametrize("residual", ["none", "fp32", "given"])
+@pytest.mark.parametrize("dropout", [0.0, 0.27, 1.0])
+def test_layer_norm_gives_its_dropout_mask(
+    dropout: float, residual: str, rowscale: bool, prenorm: bool
+) -> None:
+    x, weight, bias = torch.randn(3, 50, 24), torch.randn(24), torch.randn(24)
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    if residual == "given":
+        inputs["residual"] = torch.randn(3, 50, 24)
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    scale = torch.randn(3, 50) if rowscale else None
+    options: dict[str, Any] = {"rowscale": scale, "dropout_p": dropout, "prenorm": prenorm}
+    options["residual_in_fp32"] = residual == "fp32"
+    torch.manual_seed(3)
+    without = flash_attn.layer_norm_fn(**inputs, **options)
+    torch.manual_seed(3)
+    *found, mask, other = flash_attn.layer_norm_fn(**inputs, **options, return_dropout_mask=True)
+    assert other is None
+    assert len(found) == 1 + prenorm
+    assert all(map(torch.equal, found, without if prenorm else [without]))
+    kept = x if scale is None else x * scale[..., None]
+    if dropout:
+        assert (mask.shape, mask.dtype) == (x.shape, torch.bool)
+        # four standard deviations of the mean of 3600 throws
+        assert (
+            abs(mask.double().mean() - (1 - dropout)) <= 4 * (dropout * (1 - dropout) / 3600) ** 0.5
+        )
+        kept = kept.masked_fill(~mask, 0.0) / (1 - dropout) if dropout < 1 else 0 * kept
+    else:
+        assert mask is None
+    total = kept + inputs.get("residual", 0)
+    expected = [F.layer_norm(total, (24,), weight, bias, 1e-6), total][: len(found)]
+    upstream = [torch.randn_like(e) for e in expected]
+    for theirs, ours in zip(expected, found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    if dropout == 1.0 and residual != "given":
+        return  # rows of zeros: the gradient is 0 times 1 / sqrt(eps)
+    gradients = (
+        torch.autograd.grad(outputs, list(inputs.values()), upstream)
+        for outputs in (found, expected)
+    )
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

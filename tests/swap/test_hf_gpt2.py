@@ -578,6 +578,22 @@ def test_dropout_is_drawn_in_training_only() -> None:
     assert error.mean() < 2
 
 
+def test_dropout_of_residuals_draws_the_same_numbers() -> None:
+    plain, fast, _ = pair(resid_pdrop=0.3, embd_pdrop=0.2)
+    results = []
+    for model in (plain, fast):
+        torch.manual_seed(4)
+        results.append(run(model.train(), ids(), None))
+    for name, theirs in results[0].items():
+        torch.testing.assert_close(results[1][name], theirs, msg=name)
+    assert not torch.allclose(results[0]["loss"], run(plain.eval(), ids(), None)["loss"])
+
+
+def test_another_epsilon() -> None:
+    plain, fast, _ = pair(layer_norm_epsilon=0.1)
+    torch.testing.assert_close(fast.eval()(ids()).logits, plain.eval()(ids()).logits)
+
+
 def test_only_what_is_wanted() -> None:
     model = make()
     report = apply_gpt2fast_to_gpt2(model, attention=False, loss=False, embedding=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gpt2fast
 from gpt2fast.swap import LazyLogits, optimize
-from gpt2fast.swap.structure import ERF
+from gpt2fast.swap.structure import DROPOUT, ERF
 from tests.ops.numerics import compare
 from tests.swap.models import (
     BuildGpt,
@@ -171,6 +171,50 @@ def test_attention_that_is_something_else(what: str, reason: str) -> None:
     assert "forward" not in vars(module)
     assert "seen" not in vars(module)
     assert optimize(Changed("nothing")).counts() == {"attention": 1}
+
+
+class Dropping(PlainAttention):
+    """Attention with a probability of dropout that stands in its forward."""
+
+    def __init__(self, what: str, causal: bool) -> None:
+        super().__init__(32, 4, causal, True)
+        self.what = what
+        self.rate = 0.1  # under no name that anybody looks for
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, t, c = x.shape
+        if self.what == "input":
+            x = F.dropout(x, 0.1, self.training)
+        q, k, v = (
+            f(x).view(b, t, self.num_heads, -1).transpose(1, 2)
+            for f in (self.query, self.key, self.value)
+        )
+        causal, p = self.causal, 0.1 if self.training else 0.0
+        if self.what == "probabilities":
+            scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+            if causal:
+                hidden = torch.ones(t, t, dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(hidden, -torch.inf)
+            y = F.dropout(scores.softmax(-1), 0.1, self.training) @ v
+        elif self.what == "place":
+            y = F.scaled_dot_product_attention(q, k, v, None, p, causal)
+        else:
+            p = {"attribute": self.rate * self.training, "input": 0.0}.get(self.what, p)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
+        y = self.proj(y.transpose(1, 2).reshape(b, t, c))
+        return y * 1.5 if self.what == "more" and self.training else y
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "what", ["keyword", "place", "probabilities", "attribute", "input", "more"]
+)
+def test_dropout_that_stands_in_a_forward_is_named(what: str, causal: bool) -> None:
+    module = Dropping(what, causal)
+    (entry,) = optimize(module).entries
+    assert not entry.replaced
+    assert (entry.reason == DROPOUT) is (what != "more")
+    assert "forward" not in vars(module)
 
 
 class OddNorm(NanoNorm):

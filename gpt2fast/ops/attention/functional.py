@@ -9,6 +9,7 @@ from gpt2fast.ops.checks import (
     autocast,
     check_dropout,
     check_floating,
+    check_number,
     check_same_device,
     check_same_dtype,
     check_shape,
@@ -102,6 +103,7 @@ def scaled_dot_product_attention(
     tensor([[[[1., 2., 1.],
               [2., 3., 2.]]]])
     """
+    check_number("scale", scale, optional=True)
     query, key, value = _checked(
         {"query": query, "key": key, "value": value}, "(B, H, T, D)", 1, 2, dropout_p
     )
@@ -138,6 +140,7 @@ def flash_attn_func(
     >>> y.shape, torch.allclose(y[:, 0], v[:, 0])  # the first query sees the first key only
     (torch.Size([2, 7, 4, 16]), True)
     """
+    check_number("softmax_scale", softmax_scale, optional=True)
     q, k, v = _checked({"q": q, "k": k, "v": v}, "(B, T, H, D)", 2, 1, dropout_p)
     diagonal = k.shape[1] - q.shape[1] if causal else None
     return _attention(q, k, v, diagonal, softmax_scale, dropout_p)
@@ -170,6 +173,7 @@ def flash_attn_qkvpacked_func(
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
         raise ValueError(f"qkv must have shape (B, T, 3, H, D), got {tuple(qkv.shape)}")
     check_dropout(dropout_p)
+    check_number("softmax_scale", softmax_scale, optional=True)
     (qkv,) = autocast(qkv)  # type: ignore[assignment]
     seed = dropout_seed(dropout_p, qkv.device)
     diagonal = 0 if causal else None
@@ -242,9 +246,11 @@ def flash_attn_varlen_func(
         check_same_device(name, starts, "q", q)
     check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "that of cu_seqlens_q")
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        check_number(name, longest, whole=True)
         if longest < 0:
             raise ValueError(f"{name} must not be negative, got {longest}")
     check_dropout(dropout_p)
+    check_number("softmax_scale", softmax_scale, optional=True)
     both = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     seed = dropout_seed(dropout_p, q.device)
     backend = choose(q, "attention")

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from gpt2fast.backends import choose
-from gpt2fast.ops.checks import check_floating, check_same_device, check_shape, check_tensor
+from gpt2fast.ops.checks import (
+    check_floating,
+    check_number,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from gpt2fast.ops.cross_entropy import autograd, reference
 from gpt2fast.ops.registry import apply, rows
 
@@ -12,9 +18,18 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def check_options(
-    label_smoothing: float, z_loss: float, reduction: str, vocab_size: int | None, columns: int
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    vocab_size: int | None,
+    columns: int,
 ) -> int:
     """Checks what both losses share; returns the number of classes."""
+    check_number("ignore_index", ignore_index, whole=True)
+    check_number("label_smoothing", label_smoothing)
+    check_number("z_loss", z_loss)
+    check_number("vocab_size", vocab_size, whole=True, optional=True)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
     if not z_loss >= 0.0:
@@ -115,12 +130,12 @@ def cross_entropy(
             f"logits must have a last dimension of at least one, got shape {tuple(logits.shape)}"
         )
     targets = check_targets(targets, logits.shape[:-1], "logits", logits)
-    classes = check_options(label_smoothing, z_loss, reduction, vocab_size, logits.shape[-1])
+    options = (ignore_index, label_smoothing, z_loss, reduction)
+    classes = check_options(*options, vocab_size, logits.shape[-1])
     backend = choose(logits, "cross_entropy")
-    options = (ignore_index, label_smoothing, z_loss, reduction, classes)
     if backend == "reference":
-        return reference.cross_entropy(logits, targets, *options)
+        return reference.cross_entropy(logits, targets, *options, classes)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     if inplace and torch.is_grad_enabled():
         _check_inplace(logits)
-    return apply(autograd.CrossEntropy, logits, targets, *options, inplace, backend)
+    return apply(autograd.CrossEntropy, logits, targets, *options, classes, inplace, backend)

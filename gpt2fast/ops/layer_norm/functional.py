@@ -7,6 +7,7 @@ from gpt2fast.backends import choose
 from gpt2fast.ops.checks import (
     check_dropout,
     check_floating,
+    check_number,
     check_parameter,
     check_tensor,
     distinct,
@@ -16,8 +17,9 @@ from gpt2fast.ops.layer_norm import autograd, reference
 from gpt2fast.ops.registry import apply
 
 
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     check_floating("x", x)
+    check_number("eps", eps)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(
             f"x must have a last dimension of at least one, got shape {tuple(x.shape)}"
@@ -49,7 +51,7 @@ def layer_norm(
     >>> gpt2fast.functional.layer_norm(torch.tensor([[1.0, 3.0]]), bias=torch.full((2,), 5.0))
     tensor([[4.0000, 6.0000]])
     """
-    _check(x, weight, bias)
+    _check(x, weight, bias, eps)
     backend = choose(x, "layer_norm")
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps)
@@ -83,7 +85,7 @@ def add_layer_norm(
     >>> gpt2fast.functional.add_layer_norm(torch.tensor([[1.0, 3.0]]), torch.ones(1, 2))
     (tensor([[2., 4.]]), tensor([[-1.0000,  1.0000]]))
     """
-    _check(x, weight, bias)
+    _check(x, weight, bias, eps)
     check_tensor("residual", residual)
     check_parameter("residual", residual, "x", x, x.shape, "that of x")
     if x.dtype != residual.dtype:

@@ -12,6 +12,13 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
+def kept(shape: torch.Size, dropout_p: float, seed: Tensor) -> Tensor:
+    """Dropout's mask of x of `shape` (..., C), bool: row r and column c are kept as query r and key c
+    of attention's first head are."""
+    rows = (1, 1, shape[:-1].numel(), shape[-1])
+    return dropout_mask(seed, rows, dropout_p).view(shape)
+
+
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -21,13 +28,9 @@ def add_layer_norm(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """s = dropout(x) + residual and layer_norm(s).
-
-    Row r and column c of x are kept as query r and key c of attention's first head are.
-    """
+    """s = dropout(x) + residual and layer_norm(s)."""
     if seed is not None:
-        count, columns = x.shape[:-1].numel(), x.shape[-1]
-        keep = dropout_mask(seed, (1, 1, count, columns), dropout_p).view(x.shape)
+        keep = kept(x.shape, dropout_p, seed)
         factor = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         x = (x * factor).masked_fill(~keep, 0.0)
     total = x + residual

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from gpt2fast.backends import choose
-from gpt2fast.ops.checks import autocast, check_floating, check_same_device, check_same_dtype
+from gpt2fast.ops.checks import (
+    autocast,
+    check_floating,
+    check_number,
+    check_same_device,
+    check_same_dtype,
+)
 from gpt2fast.ops.cross_entropy.functional import check_options, check_targets
 from gpt2fast.ops.linear_cross_entropy import autograd, reference
 from gpt2fast.ops.registry import apply
@@ -107,15 +113,16 @@ def linear_cross_entropy(
     x, weight = autocast(x, weight)  # type: ignore[assignment]
     check_same_dtype("weight", weight, "x", x)
     targets = check_targets(targets, x.shape[:-1], "x", x)
-    classes = check_options(label_smoothing, z_loss, reduction, vocab_size, weight.shape[0])
+    options = (ignore_index, label_smoothing, z_loss, reduction)
+    classes = check_options(*options, vocab_size, weight.shape[0])
+    check_number("chunk_bytes", chunk_bytes, whole=True, optional=True)
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES.get(x.device.type, 128 << 20)
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
     backend = choose(x, "linear_cross_entropy")
-    options = (ignore_index, label_smoothing, z_loss, reduction, classes)
     if backend == "reference":
-        loss, logprobs = reference.linear_cross_entropy(x, weight, targets, *options)
+        loss, logprobs = reference.linear_cross_entropy(x, weight, targets, *options, classes)
     else:
         wanted = torch.is_grad_enabled()
         loss, logprobs = apply(
@@ -124,6 +131,7 @@ def linear_cross_entropy(
             weight,
             targets,
             *options,
+            classes,
             chunk_bytes,
             wanted and x.requires_grad,
             wanted and weight.requires_grad,
