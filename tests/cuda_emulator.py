@@ -15,8 +15,12 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from gpt2fast import backends
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -93,3 +97,32 @@ def load() -> ModuleType:
     for cached in (backends.cuda_kernels, backends.status):
         cached.cache_clear()
     return module
+
+
+def launches_on_hopper(op: str, monkeypatch: "pytest.MonkeyPatch") -> list[str]:
+    """Sends an op to the CUDA kernels for Hopper, emulated or on one; lists what it launches.
+
+    It has few blocks, so that each walks over several tiles. Skips where no kernel can run.
+    """
+    import pytest
+    import torch
+
+    if not torch.cuda.is_available():
+        load()
+    if not (found := backends.status("cuda")).available:
+        pytest.skip(found.detail)
+    module, launched = backends.load(op, "cuda"), list[str]()
+    if torch.cuda.is_available():
+        if not module.is_hopper(torch.empty(1, device="cuda")):
+            pytest.skip("this GPU has no wgmma, or the kernels were not built for it")
+    else:
+        monkeypatch.setattr(module, "is_hopper", lambda _: True)
+    monkeypatch.setattr(module, "processors_of", lambda _: 1)
+
+    def launch(name: str, *arguments: object) -> None:
+        launched.append(name)
+        original(name, *arguments)
+
+    original = module.launch
+    monkeypatch.setattr(module, "launch", launch)
+    return launched

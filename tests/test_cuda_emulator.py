@@ -209,6 +209,50 @@ def test_wrong_layouts_give_wrong_numbers(fault: str, turned: bool) -> None:
     assert not is_product(*hopper(fault, turned=turned), 200)
 
 
+def left(
+    fault: str = "", dtype: torch.dtype = torch.bfloat16, rows: int = 64, backwards: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel and what PyTorch make of a (64, rows) times part of b (2, rows, 3, 64)."""
+    kernels = cuda_emulator.load()
+    a, b = torch.randn(64, 64).to(dtype), torch.randn(2, rows, 3, 64).to(dtype)
+    c = torch.full((64, 64), torch.nan)
+    kernels.know([(t.data_ptr(), t.nbytes, t.element_size()) for t in (a, b, c)])
+    kernels.options(reversed=backwards)
+    try:
+        addresses = (t.data_ptr() for t in (a, b, c))
+        kernels.left_fault(fault, *addresses, rows, DTYPE_CODES[dtype])
+    finally:
+        kernels.options()
+    return c, a[:, :rows].double() @ b[1, :, 1].double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_left_operand_in_registers(dtype: torch.dtype) -> None:
+    """And a right one that is part of a tensor of four dimensions, with rows that it has not."""
+    for rows, backwards in ((64, False), (50, True)):
+        assert is_product(*left("", dtype, rows, backwards), 64)
+
+
+LEFT_FAULTS = {
+    "left overwritten": "left operand written before its product was waited for",
+    "left without fence": "product without a fence after its accumulators were touched",
+}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("fault", LEFT_FAULTS)
+def test_faults_of_left_operands_are_found(fault: str, backwards: bool) -> None:
+    message = rf"(?s)gpt2fast CUDA kernel left_fault: .*({LEFT_FAULTS[fault]})"
+    with pytest.raises(RuntimeError, match=message):
+        left(fault, backwards=backwards)
+    assert is_product(*left(), 64)  # the next launch is not harmed
+
+
+@pytest.mark.parametrize("fault", ["left turned", "other matrix"])
+def test_wrong_places_of_left_operands_give_wrong_numbers(fault: str) -> None:
+    assert not is_product(*left(fault), 64)
+
+
 @pytest.mark.parametrize(
     ("capability", "archs", "expected"),
     [

@@ -110,16 +110,6 @@ __device__ __forceinline__ void store_rows(T* to, i64 stride, const float (&c)[N
   }
 }
 
-// The largest of the four lanes that share a row, and the sum.
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
-  return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(ALL, x, 1);
-  return x + __shfl_xor_sync(ALL, x, 2);
-}
-
 // ---- forward -------------------------------------------------------------------------------------------
 
 // Rows of 16 for each warp, and how many keys or queries are taken at a time.
@@ -225,7 +215,7 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
   constexpr int M = S::M, COLUMNS = S::COLUMNS;
   using Shared = ForwardShared<T, WIDTH, S>;
   Shared& shared = shared_memory<Shared>();
-  const Place place = place_of_block<true>(problem, schedule);
+  const Place place = place_of_block<true>(problem, schedule, int(blockIdx.x));
   const int begin = place.tile * S::ROWS;
   if (begin >= place.queries) return;
   const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 * M, row = begin + own + lane / 4;
@@ -255,7 +245,7 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
       for (int i = 0; i < 4; ++i)  // so that the largest product is that of the largest score
         if (problem.scale < 0) q[m][step][i] ^= 0x80008000u;
     }
-  const float scale = fabsf(problem.scale) * LOG2_E;
+  const float scale = fmaxf(fabsf(problem.scale) * LOG2_E, 1e-37f);  // not 0: a hidden key's score is -infinity
   Softmax<WIDTH, M> softmax;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
@@ -284,15 +274,9 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(softmax.total[m][half]), top = softmax.top[m][half];
-      const bool none = sum == 0;
-      factor[half] = none ? 0.0f : problem.factor / sum;
+      factor[half] = sum == 0 ? 0.0f : problem.factor / sum;
       const int r = row + 16 * m + 8 * half;
-      if (lane % 4 == 0 && r < place.queries) {
-        const float log_sum = log2f(sum), level = top + log_sum;
-        float* lse = tensors.lse + place.lse + r;
-        lse[0] = none ? INFINITY : level;
-        lse[problem.lse_plane] = none ? 0.0f : top - level + log_sum;
-      }
+      if (lane % 4 == 0 && r < place.queries) store_level(tensors.lse + place.lse + r, problem.lse_plane, top, sum);
     }
     const int first = own + 16 * m;
     store_rows(tensors.out.at(place.b, place.h, q_row + first), tensors.out.row, softmax.out[m], factor[0], factor[1],
@@ -395,7 +379,7 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
   constexpr int M = S::M, COLUMNS = S::COLUMNS;
   using Shared = DqShared<T, WIDTH, S>;
   Shared& shared = shared_memory<Shared>();
-  const Place place = place_of_block<true>(problem, schedule);
+  const Place place = place_of_block<true>(problem, schedule, int(blockIdx.x));
   const int begin = place.tile * S::ROWS;
   if (begin >= place.queries) return;
   const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 * M, row = begin + own + lane / 4;
@@ -580,7 +564,7 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
   static_assert(COLUMNS <= THREADS, "a thread knows a query");
   using Shared = DkvShared<T, WIDTH, S, DROPOUT>;
   Shared& shared = shared_memory<Shared>();
-  const Place place = place_of_block<false>(problem, schedule);
+  const Place place = place_of_block<false>(problem, schedule, int(blockIdx.x));
   const int begin = place.tile * S::ROWS;
   if (begin >= place.keys) return;
   const int own = threadIdx.x / WARP * 16 * M, row = begin + own + threadIdx.x % WARP / 4;

@@ -24,6 +24,13 @@ void attention_backward(uintptr_t dout, int64_t dout_b, int64_t dout_t, int64_t 
                         int64_t lse_plane, uintptr_t q_starts, uintptr_t k_starts, uintptr_t seed, int64_t batch,
                         int64_t heads, int64_t queries, int64_t keys, int64_t size, bool causal, int64_t diagonal,
                         double scale, double factor, int threshold, int dtype, uintptr_t stream);
+// The same forward on Hopper: head size 64, bf16 or fp16, no dropout, no documents, scale > 0, keys > 0 and
+// diagonal >= 0; strides of 64 elements at least, in multiples of 16 bytes. lse is contiguous.
+void attention_hopper_forward(uintptr_t q, int64_t q_b, int64_t q_t, int64_t q_h, uintptr_t k, int64_t k_b,
+                              int64_t k_t, int64_t k_h, uintptr_t v, int64_t v_b, int64_t v_t, int64_t v_h,
+                              uintptr_t out, int64_t out_b, int64_t out_t, int64_t out_h, uintptr_t lse,
+                              int64_t batch, int64_t heads, int64_t queries, int64_t keys, bool causal,
+                              int64_t diagonal, double scale, int dtype, int64_t processors, uintptr_t stream);
 
 }  // namespace cuda
 }  // namespace gpt2fast

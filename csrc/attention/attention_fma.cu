@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(FMA_THREADS)
     typename F::Scores p;
   };
   Shared& shared = shared_memory<Shared>();
-  const Place place = place_of_block<true>(problem, schedule);
+  const Place place = place_of_block<true>(problem, schedule, int(blockIdx.x));
   const int begin = place.tile * F::ROWS;
   if (begin >= place.queries) return;
   const int x = threadIdx.x % SIDE, y = threadIdx.x / SIDE;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(FMA_THREADS)
     typename F::Scores ds;
   };
   Shared& shared = shared_memory<Shared>();
-  const Place place = place_of_block<true>(problem, schedule);
+  const Place place = place_of_block<true>(problem, schedule, int(blockIdx.x));
   const int begin = place.tile * F::ROWS;
   if (begin >= place.queries) return;
   const int x = threadIdx.x % SIDE, y = threadIdx.x / SIDE, count = place.queries - begin;
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(FMA_THREADS)
     typename F::Scores p;
   };
   Shared& shared = shared_memory<Shared>();
-  const Place place = place_of_block<false>(problem, schedule);
+  const Place place = place_of_block<false>(problem, schedule, int(blockIdx.x));
   const int begin = place.tile * F::ROWS;
   if (begin >= place.keys) return;
   const int x = threadIdx.x % SIDE, y = threadIdx.x / SIDE, count = place.keys - begin;

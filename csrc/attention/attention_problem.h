@@ -1,5 +1,5 @@
-// What the attention kernels share, with tensor cores (attention.cu) and without (attention_fma.cu): the problem,
-// the part of it that a block has, and tiles of shared memory.
+// What the attention kernels share, with tensor cores (attention.cu, attention_hopper.cu) and without
+// (attention_fma.cu): the problem, the part of it that a block has, tiles of shared memory, and what a row knows.
 #pragma once
 #include "common/cuda.h"
 
@@ -80,8 +80,8 @@ struct Place {
 };
 
 template <bool LAST_FIRST>
-__device__ __forceinline__ Place place_of_block(const Problem& problem, const Schedule& s) {
-  const int all = problem.batch * problem.heads, block = int(blockIdx.x);
+__device__ __forceinline__ Place place_of_block(const Problem& problem, const Schedule& s, int block) {
+  const int all = problem.batch * problem.heads;
   const int first = block / s.tiles / s.group * s.group;
   const int within = block - first * s.tiles, width = all - first < s.group ? all - first : s.group;
   const int tile = within / width, head = first + within % width;
@@ -107,6 +107,24 @@ __device__ __forceinline__ Place place_of_block(const Problem& problem, const Sc
 
 // x, but no less than 0 and no more than `most`.
 __device__ __forceinline__ int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
+
+// The largest of the four lanes that share a row, and the sum.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
+  return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(ALL, x, 1);
+  return x + __shfl_xor_sync(ALL, x, 2);
+}
+
+// A query's lse and what its rounding left out, in base 2: the sum is of 2^(S log2 e - top); 0 without a key.
+__device__ __forceinline__ void store_level(float* lse, i64 plane, float top, float sum) {
+  const bool none = sum == 0;
+  const float log_sum = log2f(sum), level = top + log_sum;
+  lse[0] = none ? INFINITY : level;
+  lse[plane] = none ? 0.0f : top - level + log_sum;
+}
 
 // Rows of shared memory in chunks of 16 bytes, which are exchanged within a row so that neither 8 rows of one
 // chunk nor 8 chunks of one row meet in a bank.

@@ -34,6 +34,7 @@ PYBIND11_MODULE(_cuda, module) {
   BIND(gelu_backward);
   BIND(attention_forward);
   BIND(attention_backward);
+  BIND(attention_hopper_forward);
   BIND(gelu_product_forward);
   BIND(gelu_product_backward);
   BIND(gelu_product_hopper_forward);

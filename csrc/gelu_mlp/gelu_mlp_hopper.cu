@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(THREADS, 1)
           __syncwarp();
           if (lane == 0) barrier_arrive(shared.h_gone);
         }
-        wgmma_wait<1>(sums);
+        wgmma_wait<1>();
         if (step > 0 && lane == 0) barrier_arrive(shared.gone[(used - 1) % STAGES]);
       }
       wgmma_wait<0>(sums);

@@ -47,6 +47,7 @@ struct Product {
   size_t reading;
   unsigned group;
   float* d;
+  const uint32_t* left;  // in registers, or null
 };
 
 struct Fiber {
@@ -305,6 +306,9 @@ static void check(const void* pointer, size_t bytes, bool write, bool atomic, co
     for (const auto& [d, values] : fibers[me].results)
       if (place >= (uintptr_t)d && place < (uintptr_t)(d + values.size()))
         complain("accumulators touched before their product was waited for", caller);
+    for (const Product& p : fibers[me].products)
+      if (write && p.left && place >= (uintptr_t)p.left && place < (uintptr_t)(p.left + 4))
+        complain("left operand written before its product was waited for", caller);
     return;
   }
   if (bytes <= 16 && place % bytes) complain("misaligned access of " + std::to_string(bytes) + " bytes", caller);

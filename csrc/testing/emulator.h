@@ -13,7 +13,8 @@
 // exception with the op's name, and Python raises it.
 //
 // On Hopper's instructions (testing/hopper.inc) it is wrong
-//   - to touch accumulators before their product is waited for, or to start one without wgmma's fence;
+//   - to touch accumulators before their product is waited for, or to write a left operand's registers; to start
+//     a product without wgmma's fence;
 //   - to write what a product or a tensor copy under way reads, or what others have read, with no chain of
 //     barriers in between (mbarriers and named barriers included; arrivals are compared thread by thread);
 //   - to read what has not arrived, or has with no wait for its barrier's phase; copies arrive as late as can be;
@@ -119,8 +120,16 @@ void atomic_access(const void* place, size_t bytes, const void* caller);
 // for; then d gets its values. Copies to shared memory arrive when no thread can run.
 struct TensorMap {
   uintptr_t address;
-  int64_t stride, rows, columns;  // stride: bytes
+  int64_t sizes[4], strides[4];  // columns, rows, two dimensions more; strides: bytes, from a row on
   int box_rows;
+};
+struct TilePlace {
+  int at[4];  // column, row, ...
+};
+struct Operands {
+  uint64_t a;
+  const uint32_t* registers;  // instead of a
+  uint64_t b;
 };
 uint32_t shared_address(const void* place);
 void proxy_fence();
@@ -128,12 +137,12 @@ void barrier_init(void* place, int count, const void* caller);
 void barrier_arrive(void* place, int bytes, const void* caller);
 void barrier_wait(void* place, int parity, const void* caller);
 void named_barrier(int id, int count, const void* caller);
-void tma_load(void* to, const TensorMap& map, int column, int row, void* barrier, const void* caller);
-void tma_store(const TensorMap& map, const void* from, int column, int row, const void* caller);
+void tma_load(void* to, const TensorMap& map, TilePlace place, void* barrier, const void* caller);
+void tma_store(const TensorMap& map, const void* from, TilePlace place, const void* caller);
 void tma_commit();
 void tma_wait_read(int groups);
 void wgmma_fence();
-void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool b_turned, bool accumulate, bool is_bf16, int line,
+void wgmma(float* d, int count, const Operands& operands, bool b_turned, bool accumulate, bool is_bf16, int line,
            const void* caller);
 void wgmma_commit();
 void wgmma_wait(int groups, int line, const void* caller);

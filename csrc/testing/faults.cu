@@ -256,5 +256,53 @@ void hopper_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, i64 r
   });
 }
 
+// ---- Hopper: the left operand in registers, the right one from a tensor of four dimensions ----------------
+
+enum LeftFault { LEFT_OVERWRITTEN = 1, LEFT_WITHOUT_FENCE, LEFT_TURNED, OTHER_MATRIX };
+
+template <class T>
+__global__ void __launch_bounds__(WARPGROUP)
+    left_kernel(const T* a, const __grid_constant__ TensorMap b, float* c, int fault) {
+#ifdef GPT2FAST_HOPPER
+  struct Shared {
+    T b[64 * 64];
+    Barrier come;
+  };
+  Shared& shared = shared_memory<Shared>();
+  const int t = threadIdx.x, row = t / WARP * 16 + t % WARP / 4, column = t % 4 * 2;
+  if (t == 0) {
+    barrier_init(shared.come, 1);
+    barrier_init_fence();
+    barrier_expect(shared.come, int(sizeof shared.b));
+    tma_load(shared.b, b, 0, 0, fault == OTHER_MATRIX ? 2 : 1, 1, shared.come);
+  }
+  __syncthreads();
+  uint32_t left[4][4];
+  for (int i = 0; i < 16; ++i) {
+    const int half = fault == LEFT_TURNED ? i / 2 % 2 : i % 2, far = fault == LEFT_TURNED ? i % 2 : i / 2 % 2;
+    memcpy(&left[i / 4][i % 4], a + (row + 8 * half) * 64 + i / 4 * 16 + 8 * far + column, sizeof(uint32_t));
+  }
+  barrier_wait(shared.come, 0);
+  float sums[32];
+  if (fault != LEFT_WITHOUT_FENCE) wgmma_fence();
+  for (int k = 0; k < 64; k += 16) wgmma<T, true>(sums, left[k / 16], wgmma_operand(shared.b + k * 64), k > 0);
+  wgmma_commit();
+  if (fault == LEFT_OVERWRITTEN) left[2][1] = 0;
+  wgmma_wait<0>(sums);
+  for (int i = 0; i < 32; ++i) c[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + column + i % 2] = sums[i];
+#endif
+}
+
+void left_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, i64 rows, int dtype) {
+  static const char* const names[] = {"", "left overwritten", "left without fence", "left turned", "other matrix"};
+  const int found = position(names, name);
+  with_half_dtype(dtype, [&](auto kind) {
+    using T = decltype(kind);
+    const auto right = tensor_map<T, 4>("left_fault", b, {64, rows, 3, 2}, {3 * 64, 64, 3 * 64 * rows}, 64);
+    launch("left_fault", left_kernel<T>, dim3(1), WARPGROUP, sizeof(T) * 64 * 64 + sizeof(Barrier), 0, (const T*)a,
+           right, (float*)c, found);
+  });
+}
+
 }  // namespace cuda
 }  // namespace gpt2fast

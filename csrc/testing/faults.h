@@ -14,6 +14,8 @@ void product_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int6
 // stored (columns, K) where not b_turned. K and columns are multiples of 8.
 void hopper_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int64_t rows, int64_t columns,
                   int64_t depth, bool b_turned, int dtype);
+// c (64, 64) fp32 = a (64, 64) b[1, :, 1], a in registers, b (2, rows, 3, 64) of the same dtype, rows past the last 0.
+void left_fault(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int64_t rows, int dtype);
 
 }  // namespace cuda
 }  // namespace gpt2fast

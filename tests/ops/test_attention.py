@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gpt2fast
+from gpt2fast import backends
 from gpt2fast.functional import (
     flash_attn_func,
     flash_attn_qkvpacked_func,
@@ -13,11 +14,13 @@ from gpt2fast.functional import (
     scaled_dot_product_attention,
 )
 from gpt2fast.ops.attention import autograd, reference
+from tests import cuda_emulator
 from tests.ops.numerics import (
     DTYPES,
     assert_accurate,
     assert_compiles,
     assert_deterministic,
+    compare,
     device_of,
     is_slow,
 )
@@ -613,6 +616,132 @@ def test_nothing_is_written_outside(
     autograd._backward(torch.ones_like(out), *tensors, out, lse, *options)
     assert len(margins) == 14
     assert all(torch.equal(margin, torch.full_like(margin, -77.0)) for margin in margins)
+
+
+# ---- the CUDA forward on wgmma and TMA ----------------------------------------------------------
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The CUDA forward on wgmma and TMA; lists the launches of attention."""
+    return cuda_emulator.launches_on_hopper("attention", monkeypatch)
+
+
+HOPPER = ["attention_hopper_forward", "attention_backward"]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "dtype"),
+    [
+        (2, 1, 3, torch.bfloat16),
+        (1, 63, 2, torch.float16),
+        (2, 65, 1, torch.bfloat16),
+        (1, 129, 2, torch.float16),
+        (1, 193, 1, torch.bfloat16),
+    ],
+)
+def test_cuda_on_hopper(
+    on_hopper: list[str], batch: int, length: int, heads: int, dtype: torch.dtype, causal: bool
+) -> None:
+    """Views of a packed qkv, part of a tile to several, a block that walks over several tiles."""
+    assert_accurate(
+        lambda x: flash_attn_qkvpacked_func(x.view(batch, length, 3, heads, 64), causal=causal),
+        {"x": torch.randn(batch, length, 3 * heads * 64)},
+        dtype=dtype,
+        backend="cuda",
+    )
+    assert on_hopper == HOPPER
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"), [(3, 130, True), (70, 300, True), (130, 5, False)]
+)
+def test_cuda_on_hopper_queries_and_keys(
+    on_hopper: list[str], queries: int, keys: int, causal: bool
+) -> None:
+    """Different lengths, heads before rows, scores that rise from tile to tile and peak."""
+    inputs = {
+        name: value.transpose(1, 2).contiguous()
+        for name, value in qkv_inputs(1, queries, keys, 2, 64).items()
+    }
+    inputs["q"] *= 10
+    inputs["k"] *= torch.linspace(0.1, 1, keys)[:, None]
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal)
+
+    assert_accurate(run, inputs, dtype=torch.bfloat16, backend="cuda")
+    assert on_hopper == HOPPER
+
+
+def test_cuda_on_hopper_long_ring(on_hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles of keys than the ring has, in one round and over rounds: every phase; several
+    blocks, some of which have no tile in the last round."""
+    check(qkv_inputs(1, 1, 1100, 3, 64), True, dtype=torch.bfloat16, wanted=[], backend="cuda")
+    if backends.cuda_kernels().emulated:
+        monkeypatch.setattr(backends.load("attention", "cuda"), "processors_of", lambda _: 5)
+    check(qkv_inputs(4, 1, 9, 3, 64), True, dtype=torch.bfloat16, wanted=[], backend="cuda")
+    assert on_hopper == HOPPER[:1] * 2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cuda_on_hopper_lse(on_hopper: list[str], causal: bool) -> None:
+    """Both planes of lse, to what fp32 scores allow; the same bits in any order of threads."""
+    dtype, scale = torch.bfloat16, 0.3
+    q, k, v = (t.to(dtype) for t in qkv_inputs(1, 130, 193, 2, 64).values())
+    device, kernels = device_of("cuda"), backends.cuda_kernels()
+    options = (63 if causal else None, scale, 0.0, None)
+    backend, runs = backends.load("attention", "cuda"), []
+    for backwards in (False, True):
+        if kernels.emulated:
+            kernels.options(reversed=backwards)
+        runs.append(
+            [t.cpu() for t in backend.forward(*(t.to(device) for t in (q, k, v)), *options)]
+        )
+        if kernels.emulated:
+            kernels.options()
+    assert on_hopper == HOPPER[:1] * 2
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+    def levels(number: torch.dtype) -> torch.Tensor:
+        scores = scale * torch.einsum("bihd,bjhd->bhij", q.to(number), k.to(number))
+        if causal:
+            scores = scores.masked_fill(torch.ones(130, 193).triu(64).bool(), -math.inf)
+        return scores.logsumexp(-1) / math.log(2)
+
+    found = runs[0][1]
+    compare("lse", found[0], levels(torch.float32), levels(torch.float64))
+    # The second plane has what rounding to fp32 left out of the first.
+    assert (found[1].abs() <= torch.finfo(torch.float32).eps / 2 * found[0].abs()).all()
+    assert found[1].any()
+
+
+def test_cuda_on_hopper_what_it_does_not_take(on_hopper: list[str]) -> None:
+    """Dropout, other head sizes, fp32, scales that are not positive, queries without keys, heads that
+    overlap and rows that begin anywhere stay with the other kernels."""
+    bf16 = {"dtype": torch.bfloat16, "wanted": [], "backend": "cuda"}
+    check(qkv_inputs(1, 9, 9, 1, 64), True, dropout_p=0.1, **bf16)
+    check(qkv_inputs(1, 9, 9, 1, 32), True, **bf16)
+    check(qkv_inputs(1, 9, 9, 1, 64), True, wanted=[], backend="cuda")
+    check(qkv_inputs(1, 9, 5, 1, 64), True, **bf16)
+    for scale in (-0.125, 0.0):
+        assert_accurate(
+            lambda q, k, v, scale=scale: flash_attn_func(q, k, v, softmax_scale=scale),
+            qkv_inputs(1, 9, 9, 1, 64),
+            **bf16,
+        )
+    for view in (
+        lambda wide: wide[..., :64].expand(1, 9, 2, 64),
+        lambda wide: wide[..., 1:65],
+        lambda wide: wide.as_strided((1, 9, 1, 64), (648, 8, 64, 1)),
+    ):
+        assert_accurate(
+            lambda wide, view=view: flash_attn_func(*(view(wide),) * 3, causal=True),
+            {"wide": torch.randn(1, 9, 1, 72)},
+            **bf16,
+        )
+    assert on_hopper == ["attention_forward"] * 9
 
 
 def test_compiles(backend: str) -> None:

@@ -363,27 +363,8 @@ def test_triton_unfused(configured: list[bool], dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The CUDA products on wgmma and TMA, emulated or on a Hopper; lists their launches."""
-    if not torch.cuda.is_available():
-        cuda_emulator.load()
-    if not (found := backends.status("cuda")).available:
-        pytest.skip(found.detail)
-    module, launched = load("gelu_mlp", "cuda"), []
-    if torch.cuda.is_available():
-        if not module.is_hopper(torch.empty(1, device="cuda")):
-            pytest.skip("this GPU has no wgmma, or the kernels were not built for it")
-    else:
-        monkeypatch.setattr(module, "is_hopper", lambda _: True)
-    # Few blocks: each walks over several tiles.
-    monkeypatch.setattr(module, "processors_of", lambda _: 1)
-
-    def launch(name: str, *arguments: object) -> None:
-        launched.append(name)
-        original(name, *arguments)
-
-    original = module.launch
-    monkeypatch.setattr(module, "launch", launch)
-    return launched
+    """The CUDA products on wgmma and TMA; lists their launches."""
+    return cuda_emulator.launches_on_hopper("gelu_mlp", monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])

@@ -1,14 +1,20 @@
-"""Attention on the CUDA kernels (csrc/attention/attention.cu, attention_fma.cu)."""
+"""Attention on the CUDA kernels (csrc/attention).
+
+attention.cu serves bf16 and fp16 on tensor cores, attention_fma.cu what it does not take; the C++
+chooses. attention_hopper.cu (wgmma and TMA) has the forward pass at head size 64 on Hopper; its
+backward pass is attention.cu's.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt2fast.ops.cuda_common import launch
+from gpt2fast.ops.cuda_common import is_hopper, launch, processors_of
 from gpt2fast.ops.registry import DTYPE_CODES, dropout_numbers
 
 WIDEST = 256
+HOPPER_SIZE = 64  # of a head
 
 
 def _views(*tensors: Tensor) -> list[Any]:
@@ -57,6 +63,27 @@ def _run_backward(views: tuple[Tensor, ...], lse: Tensor, problem: tuple[Any, ..
     launch("attention_backward", *_views(*views), lse, delta, *problem)
 
 
+def _suits_tma(t: Tensor) -> bool:
+    """Whether rows, heads and batches begin at multiples of 16 bytes and do not overlap."""
+    return t.data_ptr() % 16 == 0 and all(s % 8 == 0 and s >= HOPPER_SIZE for s in t.stride()[:3])
+
+
+def _on_hopper(
+    q: Tensor, k: Tensor, v: Tensor, diagonal: int | None, scale: float, dropout_p: float
+) -> bool:
+    """Whether the forward pass is attention_hopper.cu's: every query sees a key, too."""
+    return (
+        is_hopper(q)
+        and q.dtype != torch.float32
+        and q.shape[3] == HOPPER_SIZE
+        and k.shape[1] > 0
+        and (diagonal is None or diagonal >= 0)
+        and scale > 0
+        and dropout_p == 0
+        and all(_suits_tma(t) for t in (q, k, v))
+    )
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -71,9 +98,14 @@ def forward(
     q, k, v: (B, T, H, D) views with contiguous D.
     """
     batch, queries, heads, _ = q.shape
-    problem = _problem(q, None, queries, k.shape[1], diagonal, scale, dropout_p, seed)
     out = q.new_empty(q.shape)
     lse = q.new_empty((2, batch, heads, queries), dtype=torch.float32)
+    if _on_hopper(q, k, v, diagonal, scale, dropout_p):
+        sizes = (batch, heads, queries, k.shape[1], diagonal is not None, diagonal or 0)
+        options = (scale, DTYPE_CODES[q.dtype], processors_of(q))
+        launch("attention_hopper_forward", *_views(q, k, v, out), lse, *sizes, *options)
+        return out, lse
+    problem = _problem(q, None, queries, k.shape[1], diagonal, scale, dropout_p, seed)
     launch("attention_forward", *_views(q, k, v, out), lse, *problem)
     return out, lse
 
