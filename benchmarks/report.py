@@ -137,7 +137,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         plt.Rectangle((0, 0), 1, 1, color="#1b7f5c" if v.startswith("gpt2fast") else f"C{7 + n}")
         for n, v in enumerate(variants)
     ]
-    axes.legend(handles, variants, fontsize=8, loc="lower right")
+    axes.legend(handles, variants, fontsize=8, loc="upper right")
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(groups)), [f"{op}  {label}" for op, label in groups], fontsize=8)
     axes.invert_yaxis()
