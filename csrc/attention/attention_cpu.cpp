@@ -27,11 +27,12 @@ extern "C" float logf(float);
 namespace gpt2fast {
 namespace GPT2FAST_ISA {
 
-constexpr i64 BQ = 48, BK = 96;                             // multiples of MR, BK also of NR
 constexpr i64 DIRECT = 4;
 constexpr i64 KIN = 2 * MR;  // queries that share a mean key, see QueryGradient
 // Multiply-adds below which a second thread costs more than it brings; where k and v are read once, memory counts.
 constexpr i64 UNIT_WORK = 1 << 16, DIRECT_WORK = 1 << 14;
+// Queries and keys in a block, whole tiles: of one operand of a product, BK x 64 floats stay in the first cache.
+constexpr i64 FORWARD_QUERIES = 8 * MR, BQ = KIN * MR, BK = 96;
 constexpr float NONE = -__builtin_inff();
 
 static_assert(BQ % KIN == 0 && BK % MR == 0 && BK % NR == 0, "blocks are whole tiles");
@@ -51,20 +52,21 @@ struct Shape {
 
 // ---- building blocks -------------------------------------------------------------------------------
 
-// exp for x <= 0 (or a little above): vexp without the care for large x.
+// exp for x <= 0 (or a little above), 0 below -87.7: vexp with 2^n as one factor and no care for large x.
 GPT2FAST_INLINE vf exp_below(vf x) {
-  const vf clamped = vmax(splat(-87.3f), x);  // this order keeps a NaN in x
-  const vf shifted = clamped * 1.44269504f + 12582912.0f;
-  const vf n = shifted - 12582912.0f;
+  constexpr float ROUND = 12582912.0f + 127.0f;  // 1.5 * 2^23 rounds to an integer, to which the exponent's bias is added
+  const vf clamped = vmax(splat(-88.0f), x);     // this order keeps a NaN in x
+  const vf shifted = clamped * 1.44269504f + ROUND;
+  const vf n = shifted - ROUND;
   const vf r = (clamped - n * 0.693145751953125f) - n * 1.428606765330187e-06f;
   vf p = splat(0.001381459878757596f);
   p = p * r + 0.008368716575205326f;
   p = p * r + 0.04166838899254799f;
   p = p * r + 0.1666652113199234f;
   p = p * r + 0.4999999403953552f;
-  p = p * (r * r) + r + 1.0f;
-  const vf power = as_float((vu)(((vi)as_bits(shifted) - 0x4b400000 + 127) << 23));
-  return select(x < -87.3f, vf{}, p * power);
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * as_float(as_bits(shifted) << 23);
 }
 
 // C = A B over depth `size` in short sums, which round less than one long one: S and dP meet in differences.
@@ -93,6 +95,70 @@ GPT2FAST_INLINE float lanes_sum(vf x) {
   else return x[0];
 }
 
+// Rows that are wanted soon, fetched a few at a time beside the products: a row of a head is too short a stream for the
+// CPU to see.
+struct Fetch {
+  static constexpr int AT_ONCE = 4;
+  struct Piece {
+    const char* at;
+    i64 stride, rows;
+  } pieces[8];
+  int count = 0, next = 0;
+  i64 bytes;
+  template <class T>
+  void add(const T* rows, i64 stride, i64 first, i64 last, i64 size) {
+    if (first >= last) return;
+    pieces[count++] = {(const char*)(rows + first * stride), stride * i64(sizeof(T)), last - first};
+    bytes = size * sizeof(T);
+  }
+  void some() {
+    for (int n = 0; n < AT_ONCE && next < count; ++n) {
+      Piece& piece = pieces[next];
+      for (i64 b = 0; b < bytes; b += 64) __builtin_prefetch(piece.at + b, 0, 2);
+      piece.at += piece.stride;
+      if (--piece.rows == 0) ++next;
+    }
+  }
+};
+
+// Rows of `size` elements to rows of `width` floats, multiplied by factor, zero-padded in both directions.
+template <class T>
+static void pack_rows(const T* from, i64 stride, i64 rows, i64 size, float factor, float* to, i64 width,
+                      i64 padded_rows) {
+  for (i64 r = 0; r < rows; ++r) {
+    const T* row = from + r * stride;
+    float* out = to + r * width;
+    i64 c = 0;
+    for (; c + VL <= size; c += VL) store(out + c, load(row + c) * factor);
+    for (; c < width; c += VL) store(out + c, load_n(row + c, clamp(size - c, 0, VL)) * factor);
+  }
+  for (i64 r = rows; r < padded_rows; ++r)
+    for (i64 c = 0; c < width; c += VL) store(to + r * width + c, vf{});
+}
+
+// Scores of blocks: to (rows x BK) = A B, where row r wants its first seen(r) columns.
+template <class Seen>
+GPT2FAST_INLINE void score_block(const Seen& seen, i64 rows, i64 size, const float* a, i64 width, const float* panels,
+                                 float* to, Fetch& fetch) {
+  for (i64 r = 0; r < rows; r += MR)
+    for (i64 c = 0, columns = seen(r + MR - 1); c < columns; c += NR) {
+      fetch.some();
+      short_sums_tile(size, a + r * width, width, panels + c * size, to + r * BK + c, BK);
+    }
+}
+
+// to (rows x width) = factor * to + A B, with A (rows x BK) 0 past the first seen(r) columns of row r.
+template <class Seen>
+GPT2FAST_INLINE void add_block(const Seen& seen, i64 rows, const float* a, const float* b, float* to, i64 width,
+                               const float* factor, Fetch& fetch) {
+  for (i64 r = 0; r < rows; r += MR)
+    if (const i64 depth = seen(r + MR - 1))
+      for (i64 c = 0; c < width; c += NR) {
+        fetch.some();
+        tile<false, true>(depth, a + r * BK, BK, b + c, width, to + r * width + c, width, factor ? factor + r : nullptr);
+      }
+}
+
 template <class T>
 static void store_rows(const float* from, i64 width, i64 rows, i64 size, float factor, T* to, i64 stride) {
   for (i64 r = 0; r < rows; ++r)
@@ -115,12 +181,12 @@ struct ForwardSpace {
     Arena arena{base};
     k = arena.take(up(keys, NR) * size);
     v = arena.take(keys * width);
-    q = arena.take(BQ * width);
-    scores = arena.take(BQ * BK);
-    out = arena.take(BQ * width);
-    top = arena.take(BQ);
-    sum = arena.take(BQ);
-    factor = arena.take(BQ);
+    q = arena.take(FORWARD_QUERIES * width);
+    scores = arena.take(FORWARD_QUERIES * BK);
+    out = arena.take(FORWARD_QUERIES * width);
+    top = arena.take(FORWARD_QUERIES);
+    sum = arena.take(FORWARD_QUERIES);
+    factor = arena.take(FORWARD_QUERIES);
     floats = arena.next - base + 16;  // 16: shares on separate cache lines
   }
 };
@@ -164,7 +230,8 @@ GPT2FAST_INLINE void softmax_row(float* s, i64 n, i64 end, float& top, float& su
 }
 
 template <bool DROP>
-static void attend_block(const Shape& shape, const ForwardSpace& space, i64 i0, i64 rows, const Dropout& dropout) {
+static void attend_block(const Shape& shape, const ForwardSpace& space, i64 i0, i64 rows, const Dropout& dropout,
+                         Fetch& fetch) {
   const i64 size = shape.size, width = shape.width(), keys = shape.visible(i0 + rows - 1);
   const i64 padded = up(rows, MR);
   zero(space.out, padded * width);
@@ -172,11 +239,7 @@ static void attend_block(const Shape& shape, const ForwardSpace& space, i64 i0, 
   for (i64 j0 = 0; j0 < keys; j0 += BK) {
     // Row r sees the first seen(r) keys of this block; a tile of rows works on those its last row sees.
     const auto seen = [&](i64 r) { return clamp(shape.visible(i0 + smaller(r, rows - 1)) - j0, 0, BK); };
-    const i64 columns = seen(rows - 1);
-    for (i64 c = 0; c < columns; c += NR)
-      for (i64 r = 0; r < padded; r += MR)
-        if (seen(r + MR - 1) > c)
-          short_sums_tile(size, space.q + r * width, width, space.k + (j0 + c) * size, space.scores + r * BK + c, BK);
+    score_block(seen, padded, size, space.q, width, space.k + j0 * size, space.scores, fetch);
     for (i64 r0 = 0; r0 < padded; r0 += MR) {
       const i64 depth = seen(r0 + MR - 1);
       if (depth == 0) continue;
@@ -184,13 +247,7 @@ static void attend_block(const Shape& shape, const ForwardSpace& space, i64 i0, 
         softmax_row<DROP>(space.scores + r * BK, r < rows ? seen(r) : 0, depth, space.top[r], space.sum[r],
                           space.factor[r], RowDropout(dropout, i0 + r), j0);
     }
-    for (i64 c = 0; c < width; c += NR)
-      for (i64 r = 0; r < padded; r += MR) {
-        const i64 depth = seen(r + MR - 1);
-        if (depth)
-          tile<false, true>(depth, space.scores + r * BK, BK, space.v + j0 * width + c, width,
-                            space.out + r * width + c, width, space.factor + r);
-      }
+    add_block(seen, padded, space.scores, space.v + j0 * width, space.out, width, space.factor, fetch);
   }
 }
 
@@ -269,9 +326,9 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
   const i64 all_heads = shape.batch * shape.heads;
   if (all_heads == 0 || queries == 0) return;
   const bool direct = queries <= DIRECT;
-  const i64 blocks = direct ? 1 : (queries + BQ - 1) / BQ;
+  const i64 blocks = direct ? 1 : (queries + FORWARD_QUERIES - 1) / FORWARD_QUERIES;
   const auto cost = [&](i64 block) {  // in keys: what its last row sees, and some for the fixed work
-    return shape.visible(smaller((block + 1) * BQ, queries) - 1) + 16;
+    return shape.visible(smaller((block + 1) * FORWARD_QUERIES, queries) - 1) + 16;
   };
   i64 head_cost = 0;
   for (i64 block = 0; block < blocks; ++block) head_cost += cost(block);
@@ -281,7 +338,7 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
     for (i64 block = 0; block < blocks && rest >= cost(block); ++block, ++unit) rest -= cost(block);
     return unit;
   };
-  const int shares = share_limit(double(all_heads) * head_cost * smaller(queries, BQ) * size,
+  const int shares = share_limit(double(all_heads) * head_cost * smaller(queries, FORWARD_QUERIES) * size,
                                  direct ? DIRECT_WORK : UNIT_WORK, threads);
   parallel_shares(shares, 1, shares, [&](int, i64 begin, i64 end) {
     for (i64 share = begin; share < end; ++share) {
@@ -309,15 +366,23 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
         }
         if (head != packed) {
           const i64 final_unit = smaller(last, (head + 1) * blocks) - 1;
-          const i64 seen = shape.visible(smaller((final_unit % blocks + 1) * BQ, queries) - 1);
+          const i64 seen = shape.visible(smaller((final_unit % blocks + 1) * FORWARD_QUERIES, queries) - 1);
           pack_transposed(kh, ks.t, seen, size, space.k);
           pack_rows(vh, vs.t, seen, size, 1.0f, space.v, width, seen);
           packed = head;
         }
-        const i64 i0 = block * BQ, rows = smaller(BQ, queries - i0);
+        const i64 i0 = block * FORWARD_QUERIES, rows = smaller(FORWARD_QUERIES, queries - i0);
         pack_rows(qh + i0 * qs.t, qs.t, rows, size, shape.scale, space.q, width, up(rows, MR));
         const auto run = dropout > 0 ? attend_block<true> : attend_block<false>;
-        run(shape, space, i0, rows, drop);
+        Fetch fetch;
+        fetch.add(oh, os.t, i0, i0 + rows, size);
+        if ((head + 1) * blocks < last) {
+          const i64 b = (head + 1) / shape.heads, h = (head + 1) % shape.heads;
+          fetch.add(q + b * qs.b + h * qs.h, qs.t, i0, i0 + rows, size);
+          fetch.add(k + b * ks.b + h * ks.h, ks.t, i0, smaller(i0 + rows, shape.keys), size);
+          fetch.add(v + b * vs.b + h * vs.h, vs.t, i0, smaller(i0 + rows, shape.keys), size);
+        }
+        run(shape, space, i0, rows, drop, fetch);
         for (i64 r = 0; r < rows; ++r) {
           const float sum = space.sum[r];
           store_rows(space.out + r * width, width, 1, size, sum == 0.0f ? 0.0f : drop.keep / sum,
@@ -354,7 +419,7 @@ struct QueryGradient {
     Arena arena{base};
     dq = arena.take(rows * width);
     excess = arena.take(rows);
-    keys = arena.take((queries + KIN - 1) / KIN * width);
+    keys = arena.take(((queries + KIN - 1) / KIN + MR) * width);
     floats = arena.next - base;
   }
 };
@@ -376,7 +441,7 @@ struct BackwardSpace {
     dv = arena.take(BK * width);
     p = arena.take(BQ * BK);
     ds = arena.take(BQ * BK);
-    weights = arena.take(BK);
+    weights = arena.take(MR * BK);
     floats = arena.next - base + 16;
   }
 };
@@ -415,13 +480,13 @@ GPT2FAST_INLINE float backward_row(float* p, float* dp, float* weights, i64 n, i
       products += x * d;
       total += x;
       store(p + c, x);
-      store(dp + c, d);
+      if (DROP || partial) store(dp + c, d);
     };
     for (i64 c = 0; c < full; c += VL) step(c, false);
     if (full < n) step(full, true);
-    const float weight = lanes_sum(total), sum = lanes_sum(products) / weight;
+    const float share = 1.0f / lanes_sum(total), sum = lanes_sum(products) * share;
     for (i64 c = 0; c < n; c += VL) {
-      const vf x = load(p + c) / weight;
+      const vf x = load(p + c) * share;
       store(weights + c, load(weights + c) + x);
       store(dp + c, n == 1 ? vf{} : x * (load(dp + c) - sum));
       store(p + c, DROP ? select(dropout.keep(j + c), x, vf{}) : x);
@@ -451,52 +516,42 @@ GPT2FAST_INLINE float backward_row(float* p, float* dp, float* weights, i64 n, i
 
 template <bool DROP>
 static void backward_block(const Shape& shape, const BackwardSpace& space, const QueryGradient& gradient,
-                           const float* lse, const float* rests, i64 j0, const Dropout& dropout) {
+                           const float* lse, const float* rests, i64 j0, const Dropout& dropout, Fetch& fetch) {
   const i64 size = shape.size, width = shape.width(), count = smaller(BK, shape.keys - j0);
   const i64 begin = clamp(j0 - shape.diagonal, 0, shape.queries) / BQ * BQ;  // before the first query that sees j0
   zero(space.dk, up(count, MR) * width);
   zero(space.dv, up(count, MR) * width);
   for (i64 i0 = begin; i0 < shape.queries; i0 += BQ) {
-    const i64 rows = smaller(BQ, shape.queries - i0), padded = up(rows, MR), end = up(count, NR);
+    const i64 rows = smaller(BQ, shape.queries - i0), padded = up(rows, MR);
     const auto seen = [&](i64 r) { return clamp(shape.visible(i0 + smaller(r, rows - 1)) - j0, 0, count); };
     const float *q = space.q + i0 * width, *dout = space.dout + i0 * width;
-    for (i64 c = 0; c < count; c += NR)
-      for (i64 r = 0; r < padded; r += MR)
-        if (seen(r + MR - 1) > c) {
-          short_sums_tile(size, q + r * width, width, space.k_across + c * size, space.p + r * BK + c, BK);
-          short_sums_tile(size, dout + r * width, width, space.v_across + c * size, space.ds + r * BK + c, BK);
-        }
+    score_block(seen, padded, size, q, width, space.k_across, space.p, fetch);
+    score_block(seen, padded, size, dout, width, space.v_across, space.ds, fetch);
+    zero(space.weights, MR * BK);
     for (i64 r = 0; r < padded; ++r) {
       const bool real = r < rows;
-      if (r % KIN == 0) zero(space.weights, BK);
       gradient.excess[i0 + r] += backward_row<DROP>(
-          space.p + r * BK, space.ds + r * BK, space.weights, real ? seen(r) : 0, up(end, MR),
+          space.p + r * BK, space.ds + r * BK, space.weights + r / KIN * BK, real ? seen(r) : 0, up(seen(r / MR * MR + MR - 1), MR),
           real ? lse[i0 + r] : 0.0f, real ? rests[i0 + r] : 0.0f, real ? space.delta[i0 + r] : 0.0f,
           j0 == 0 && shape.visible(i0 + (real ? r : 0)) <= BK, dropout.keep, RowDropout(dropout, i0 + r), j0);
-      if ((r + 1) % KIN && r + 1 < padded) continue;
-      float* keys = gradient.keys + (i0 + r) / KIN * width;
-      for (i64 c = 0; c < width; c += VL) {
-        vf sum = {};
-        for (i64 j = 0; j < count; ++j) sum += space.weights[j] * load(space.k + j * width + c);
-        store(keys + c, load(keys + c) + sum);
-      }
     }
     for (i64 c = 0; c < width; c += NR)
+      tile<false, true>(count, space.weights, BK, space.k + c, width, gradient.keys + i0 / KIN * width + c, width,
+                        nullptr);
+    const auto add_across = [&](const float* a, const float* b, float* to) {
       for (i64 m = 0; m < count; m += MR) {
-        const i64 start = clamp(j0 + m - shape.diagonal - i0, 0, rows), at = start * BK + m;
-        if (start == rows) continue;
-        tile<true, true>(rows - start, space.p + at, BK, dout + start * width + c, width, space.dv + m * width + c,
-                         width, nullptr);
-        tile<true, true>(rows - start, space.ds + at, BK, q + start * width + c, width, space.dk + m * width + c,
-                         width, nullptr);
+        const i64 start = clamp(j0 + m - shape.diagonal - i0, 0, rows);
+        if (start == rows) return;
+        for (i64 c = 0; c < width; c += NR) {
+          fetch.some();
+          tile<true, true>(rows - start, a + start * BK + m, BK, b + start * width + c, width, to + m * width + c,
+                           width, nullptr);
+        }
       }
-    for (i64 c = 0; c < width; c += NR)
-      for (i64 r = 0; r < padded; r += MR) {
-        const i64 depth = seen(r + MR - 1);
-        if (depth)
-          tile<false, true>(depth, space.ds + r * BK, BK, space.k + c, width, gradient.dq + (i0 + r) * width + c, width,
-                            nullptr);
-      }
+    };
+    add_across(space.p, dout, space.dv);
+    add_across(space.ds, q, space.dk);
+    add_block(seen, padded, space.ds, space.k, gradient.dq + i0 * width, width, nullptr, fetch);
   }
 }
 
@@ -559,7 +614,20 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
         pack_transposed(kh, ks.t, count, size, space.k_across);
         pack_transposed(vh, vs.t, count, size, space.v_across);
         const auto run = dropout > 0 ? backward_block<true> : backward_block<false>;
-        run(shape, space, gradient, lse + head * queries, lse + (all_heads + head) * queries, j0, drop);
+        Fetch fetch;
+        fetch.add(dk + b * dks.b + h * dks.h, dks.t, j0, j0 + count, size);
+        fetch.add(dv + b * dvs.b + h * dvs.h, dvs.t, j0, j0 + count, size);
+        const i64 to = smaller(j0 + count, queries);
+        fetch.add(dq + b * dqs.b + h * dqs.h, dqs.t, j0, to, size);
+        if (head + 1 < all_heads) {
+          const i64 b = (head + 1) / shape.heads, h = (head + 1) % shape.heads;
+          fetch.add(q + b * qs.b + h * qs.h, qs.t, j0, to, size);
+          fetch.add(dout + b * dos.b + h * dos.h, dos.t, j0, to, size);
+          fetch.add(out + b * os.b + h * os.h, os.t, j0, to, size);
+          fetch.add(k + b * ks.b + h * ks.h, ks.t, j0, j0 + count, size);
+          fetch.add(v + b * vs.b + h * vs.h, vs.t, j0, j0 + count, size);
+        }
+        run(shape, space, gradient, lse + head * queries, lse + (all_heads + head) * queries, j0, drop, fetch);
         store_rows(space.dk, width, count, size, 1.0f, dk + b * dks.b + h * dks.h + j0 * dks.t, dks.t);
         store_rows(space.dv, width, count, size, drop.keep, dv + b * dvs.b + h * dvs.h + j0 * dvs.t, dvs.t);
       }

@@ -13,7 +13,10 @@ GPT2FAST_INLINE i64 clamp(i64 x, i64 low, i64 high) { return x < low ? low : x >
 GPT2FAST_INLINE i64 up(i64 x, i64 multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 GPT2FAST_INLINE void zero(float* p, i64 count) {
-  for (i64 c = 0; c < count; c += VL) store(p + c, vf{});
+  for (i64 c = 0; c < count; c += VL) {
+    store(p + c, vf{});
+    asm volatile("" ::: "memory");  // or gcc calls memset, which costs more than a few vectors
+  }
 }
 
 // Pieces of a workspace, each on its own cache lines.
@@ -113,21 +116,6 @@ GPT2FAST_INLINE vf lane_sums(vf (&x)[VL]) {
   if constexpr (VL > 4) add_across<4>(x);
   if constexpr (VL > 8) add_across<8>(x);
   return x[0];
-}
-
-// Rows of `size` elements to rows of `width` floats, multiplied by factor, zero-padded in both directions.
-template <class T>
-static void pack_rows(const T* from, i64 stride, i64 rows, i64 size, float factor, float* to, i64 width,
-                      i64 padded_rows) {
-  for (i64 r = 0; r < rows; ++r) {
-    const T* row = from + r * stride;
-    float* out = to + r * width;
-    i64 c = 0;
-    for (; c + VL <= size; c += VL) store(out + c, load(row + c) * factor);
-    for (; c < width; c += VL) store(out + c, load_n(row + c, clamp(size - c, 0, VL)) * factor);
-  }
-  for (i64 r = rows; r < padded_rows; ++r)
-    for (i64 c = 0; c < width; c += VL) store(to + r * width + c, vf{});
 }
 
 // Rows to panels of NR rows, each transposed: to[panel][d][NR]; missing rows are 0.
