@@ -32,7 +32,7 @@ constexpr i64 KIN = 2 * MR;  // queries that share a mean key, see QueryGradient
 // Multiply-adds below which a second thread costs more than it brings; where k and v are read once, memory counts.
 constexpr i64 UNIT_WORK = 1 << 16, DIRECT_WORK = 1 << 14;
 // Queries and keys in a block, whole tiles: of one operand of a product, BK x 64 floats stay in the first cache.
-constexpr i64 FORWARD_QUERIES = 8 * MR, BQ = KIN * MR, BK = 96;
+constexpr i64 BQ = KIN * MR, BK = 96;
 constexpr float NONE = -__builtin_inff();
 
 static_assert(BQ % KIN == 0 && BK % MR == 0 && BK % NR == 0, "blocks are whole tiles");
@@ -69,8 +69,13 @@ GPT2FAST_INLINE vf exp_below(vf x) {
   return p * as_float(as_bits(shifted) << 23);
 }
 
-// C = A B over depth `size` in short sums, which round less than one long one: S and dP meet in differences.
+// C = A B over depth `size` in short sums, which round less than one long one: S and dP meet in differences. Without a
+// fused multiply-add every step rounds twice, and the sums are shorter still.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr i64 SHORT = 64;
+#else
 constexpr i64 SHORT = 32;
+#endif
 GPT2FAST_INLINE void short_sums_tile(i64 size, const float* a, i64 a_stride, const float* b, float* c, i64 c_stride) {
   tile<false, false>(smaller(size, SHORT), a, a_stride, b, NR, c, c_stride, nullptr);
   for (i64 d = SHORT; d < size; d += SHORT)
@@ -95,30 +100,28 @@ GPT2FAST_INLINE float lanes_sum(vf x) {
   else return x[0];
 }
 
-// Rows that are wanted soon, fetched a few at a time beside the products: a row of a head is too short a stream for the
-// CPU to see.
-struct Fetch {
-  static constexpr int AT_ONCE = 4;
-  struct Piece {
-    const char* at;
-    i64 stride, rows;
-  } pieces[8];
-  int count = 0, next = 0;
-  i64 bytes;
+// Rows that are wanted soon, one fetched beside each tile: a row of a head is too short a stream for the CPU to see.
+class Fetch {
+ public:
   template <class T>
   void add(const T* rows, i64 stride, i64 first, i64 last, i64 size) {
-    if (first >= last) return;
-    pieces[count++] = {(const char*)(rows + first * stride), stride * i64(sizeof(T)), last - first};
-    bytes = size * sizeof(T);
+    if (first < last)
+      pieces[count++] = {(const char*)(rows + first * stride), stride * i64(sizeof(T)), size * i64(sizeof(T)), last - first};
   }
-  void some() {
-    for (int n = 0; n < AT_ONCE && next < count; ++n) {
-      Piece& piece = pieces[next];
-      for (i64 b = 0; b < bytes; b += 64) __builtin_prefetch(piece.at + b, 0, 2);
-      piece.at += piece.stride;
-      if (--piece.rows == 0) ++next;
-    }
+  void one() {
+    if (next == count) return;
+    Piece& piece = pieces[next];
+    for (i64 b = 0; b < piece.bytes; b += 64) __builtin_prefetch(piece.row + b, 0, 2);
+    piece.row += piece.stride;
+    if (--piece.rows == 0) ++next;
   }
+
+ private:
+  struct Piece {
+    const char* row;
+    i64 stride, bytes, rows;
+  } pieces[8];
+  int count = 0, next = 0;
 };
 
 // Rows of `size` elements to rows of `width` floats, multiplied by factor, zero-padded in both directions.
@@ -142,7 +145,7 @@ GPT2FAST_INLINE void score_block(const Seen& seen, i64 rows, i64 size, const flo
                                  float* to, Fetch& fetch) {
   for (i64 r = 0; r < rows; r += MR)
     for (i64 c = 0, columns = seen(r + MR - 1); c < columns; c += NR) {
-      fetch.some();
+      fetch.one();
       short_sums_tile(size, a + r * width, width, panels + c * size, to + r * BK + c, BK);
     }
 }
@@ -154,7 +157,7 @@ GPT2FAST_INLINE void add_block(const Seen& seen, i64 rows, const float* a, const
   for (i64 r = 0; r < rows; r += MR)
     if (const i64 depth = seen(r + MR - 1))
       for (i64 c = 0; c < width; c += NR) {
-        fetch.some();
+        fetch.one();
         tile<false, true>(depth, a + r * BK, BK, b + c, width, to + r * width + c, width, factor ? factor + r : nullptr);
       }
 }
@@ -181,12 +184,12 @@ struct ForwardSpace {
     Arena arena{base};
     k = arena.take(up(keys, NR) * size);
     v = arena.take(keys * width);
-    q = arena.take(FORWARD_QUERIES * width);
-    scores = arena.take(FORWARD_QUERIES * BK);
-    out = arena.take(FORWARD_QUERIES * width);
-    top = arena.take(FORWARD_QUERIES);
-    sum = arena.take(FORWARD_QUERIES);
-    factor = arena.take(FORWARD_QUERIES);
+    q = arena.take(BQ * width);
+    scores = arena.take(BQ * BK);
+    out = arena.take(BQ * width);
+    top = arena.take(BQ);
+    sum = arena.take(BQ);
+    factor = arena.take(BQ);
     floats = arena.next - base + 16;  // 16: shares on separate cache lines
   }
 };
@@ -326,9 +329,9 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
   const i64 all_heads = shape.batch * shape.heads;
   if (all_heads == 0 || queries == 0) return;
   const bool direct = queries <= DIRECT;
-  const i64 blocks = direct ? 1 : (queries + FORWARD_QUERIES - 1) / FORWARD_QUERIES;
+  const i64 blocks = direct ? 1 : (queries + BQ - 1) / BQ;
   const auto cost = [&](i64 block) {  // in keys: what its last row sees, and some for the fixed work
-    return shape.visible(smaller((block + 1) * FORWARD_QUERIES, queries) - 1) + 16;
+    return shape.visible(smaller((block + 1) * BQ, queries) - 1) + 16;
   };
   i64 head_cost = 0;
   for (i64 block = 0; block < blocks; ++block) head_cost += cost(block);
@@ -338,7 +341,7 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
     for (i64 block = 0; block < blocks && rest >= cost(block); ++block, ++unit) rest -= cost(block);
     return unit;
   };
-  const int shares = share_limit(double(all_heads) * head_cost * smaller(queries, FORWARD_QUERIES) * size,
+  const int shares = share_limit(double(all_heads) * head_cost * smaller(queries, BQ) * size,
                                  direct ? DIRECT_WORK : UNIT_WORK, threads);
   parallel_shares(shares, 1, shares, [&](int, i64 begin, i64 end) {
     for (i64 share = begin; share < end; ++share) {
@@ -366,12 +369,12 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
         }
         if (head != packed) {
           const i64 final_unit = smaller(last, (head + 1) * blocks) - 1;
-          const i64 seen = shape.visible(smaller((final_unit % blocks + 1) * FORWARD_QUERIES, queries) - 1);
+          const i64 seen = shape.visible(smaller((final_unit % blocks + 1) * BQ, queries) - 1);
           pack_transposed(kh, ks.t, seen, size, space.k);
           pack_rows(vh, vs.t, seen, size, 1.0f, space.v, width, seen);
           packed = head;
         }
-        const i64 i0 = block * FORWARD_QUERIES, rows = smaller(FORWARD_QUERIES, queries - i0);
+        const i64 i0 = block * BQ, rows = smaller(BQ, queries - i0);
         pack_rows(qh + i0 * qs.t, qs.t, rows, size, shape.scale, space.q, width, up(rows, MR));
         const auto run = dropout > 0 ? attend_block<true> : attend_block<false>;
         Fetch fetch;
@@ -519,8 +522,10 @@ static void backward_block(const Shape& shape, const BackwardSpace& space, const
                            const float* lse, const float* rests, i64 j0, const Dropout& dropout, Fetch& fetch) {
   const i64 size = shape.size, width = shape.width(), count = smaller(BK, shape.keys - j0);
   const i64 begin = clamp(j0 - shape.diagonal, 0, shape.queries) / BQ * BQ;  // before the first query that sees j0
-  zero(space.dk, up(count, MR) * width);
-  zero(space.dv, up(count, MR) * width);
+  if (begin == shape.queries) {  // else the first block of queries writes, where others add
+    zero(space.dk, up(count, MR) * width);
+    zero(space.dv, up(count, MR) * width);
+  }
   for (i64 i0 = begin; i0 < shape.queries; i0 += BQ) {
     const i64 rows = smaller(BQ, shape.queries - i0), padded = up(rows, MR);
     const auto seen = [&](i64 r) { return clamp(shape.visible(i0 + smaller(r, rows - 1)) - j0, 0, count); };
@@ -535,17 +540,19 @@ static void backward_block(const Shape& shape, const BackwardSpace& space, const
           real ? lse[i0 + r] : 0.0f, real ? rests[i0 + r] : 0.0f, real ? space.delta[i0 + r] : 0.0f,
           j0 == 0 && shape.visible(i0 + (real ? r : 0)) <= BK, dropout.keep, RowDropout(dropout, i0 + r), j0);
     }
-    for (i64 c = 0; c < width; c += NR)
-      tile<false, true>(count, space.weights, BK, space.k + c, width, gradient.keys + i0 / KIN * width + c, width,
-                        nullptr);
+    if (shape.visible(i0 + rows - 1) > BK)  // or all rows are whole
+      for (i64 c = 0; c < width; c += NR)
+        tile<false, true>(count, space.weights, BK, space.k + c, width, gradient.keys + i0 / KIN * width + c, width,
+                          nullptr);
     const auto add_across = [&](const float* a, const float* b, float* to) {
       for (i64 m = 0; m < count; m += MR) {
         const i64 start = clamp(j0 + m - shape.diagonal - i0, 0, rows);
-        if (start == rows) return;
+        if (start == rows && i0 > begin) return;
         for (i64 c = 0; c < width; c += NR) {
-          fetch.some();
-          tile<true, true>(rows - start, a + start * BK + m, BK, b + start * width + c, width, to + m * width + c,
-                           width, nullptr);
+          fetch.one();
+          (i0 > begin ? tile<true, true> : tile<true, false>)(rows - start, a + start * BK + m, BK,
+                                                              b + start * width + c, width, to + m * width + c, width,
+                                                              nullptr);
         }
       }
     };
@@ -565,7 +572,7 @@ static void store_dq(const Shape& shape, const QueryGradient& gradient, T* to, i
     const float* keys = gradient.keys + i / KIN * width;
     float* row = gradient.dq + i * width;
     const float excess = seeing > 0 ? gradient.excess[i] / seeing : 0.0f;
-    for (i64 c = 0; c < width; c += VL) {
+    for (i64 c = 0; excess != 0.0f && c < width; c += VL) {
       const vf part = load(keys + c) * excess;
       store(row + c, load(row + c) - select(part - part == 0.0f, part, vf{}));
     }
