@@ -31,11 +31,12 @@ constexpr i64 DIRECT = 4;
 constexpr i64 KIN = 2 * MR;  // queries that share a mean key, see QueryGradient
 // Multiply-adds below which a second thread costs more than it brings; where k and v are read once, memory counts.
 constexpr i64 UNIT_WORK = 1 << 16, DIRECT_WORK = 1 << 14;
-// Queries and keys in a block, whole tiles: of one operand of a product, BK x 64 floats stay in the first cache.
+// Queries and keys in a block. BK x 64 floats, one operand of every product, stay in the first cache; the mean keys of
+// BQ queries are one row of tiles.
 constexpr i64 BQ = KIN * MR, BK = 96;
 constexpr float NONE = -__builtin_inff();
 
-static_assert(BQ % KIN == 0 && BK % MR == 0 && BK % NR == 0, "blocks are whole tiles");
+static_assert(BK % MR == 0 && BK % NR == 0, "blocks are whole tiles");
 
 struct Strides {
   i64 b, t, h;
@@ -46,6 +47,10 @@ struct Shape {
   float scale;
   i64 first_batch;  // of dropout's hash
   i64 width() const { return up(size, NR); }  // of a packed row
+  template <class T>
+  T* of_head(T* tensor, Strides strides, i64 head) const {
+    return tensor + head / heads * strides.b + head % heads * strides.h;
+  }
   // How many keys query i sees.
   i64 visible(i64 i) const { return clamp(i + diagonal + 1, 0, keys); }
 };
@@ -54,7 +59,7 @@ struct Shape {
 
 // exp for x <= 0 (or a little above), 0 below -87.7: vexp with 2^n as one factor and no care for large x.
 GPT2FAST_INLINE vf exp_below(vf x) {
-  constexpr float ROUND = 12582912.0f + 127.0f;  // 1.5 * 2^23 rounds to an integer, to which the exponent's bias is added
+  constexpr float ROUND = 12582912.0f + 127.0f;  // 1.5 * 2^23 rounds to an integer; 127 is the exponent's bias
   const vf clamped = vmax(splat(-88.0f), x);     // this order keeps a NaN in x
   const vf shifted = clamped * 1.44269504f + ROUND;
   const vf n = shifted - ROUND;
@@ -105,8 +110,9 @@ class Fetch {
  public:
   template <class T>
   void add(const T* rows, i64 stride, i64 first, i64 last, i64 size) {
+    constexpr i64 ELEMENT = sizeof(T);
     if (first < last)
-      pieces[count++] = {(const char*)(rows + first * stride), stride * i64(sizeof(T)), size * i64(sizeof(T)), last - first};
+      pieces[count++] = {(const char*)(rows + first * stride), stride * ELEMENT, size * ELEMENT, last - first};
   }
   void one() {
     if (next == count) return;
@@ -158,7 +164,8 @@ GPT2FAST_INLINE void add_block(const Seen& seen, i64 rows, const float* a, const
     if (const i64 depth = seen(r + MR - 1))
       for (i64 c = 0; c < width; c += NR) {
         fetch.one();
-        tile<false, true>(depth, a + r * BK, BK, b + c, width, to + r * width + c, width, factor ? factor + r : nullptr);
+        tile<false, true>(depth, a + r * BK, BK, b + c, width, to + r * width + c, width,
+                          factor ? factor + r : nullptr);
       }
 }
 
@@ -351,10 +358,10 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
       const i64 last = boundary(all_heads * head_cost * (share + 1) / shares);
       i64 packed = -1;
       for (i64 unit = first; unit < last; ++unit) {
-        const i64 head = unit / blocks, block = unit % blocks, b = head / shape.heads, h = head % shape.heads;
-        const Dropout drop = head_dropout(dropout, seed, shape.first_batch + b, h);
-        const T *kh = k + b * ks.b + h * ks.h, *vh = v + b * vs.b + h * vs.h, *qh = q + b * qs.b + h * qs.h;
-        T* oh = out + b * os.b + h * os.h;
+        const i64 head = unit / blocks, block = unit % blocks;
+        const Dropout drop = head_dropout(dropout, seed, shape.first_batch + head / shape.heads, head % shape.heads);
+        const T *kh = shape.of_head(k, ks, head), *vh = shape.of_head(v, vs, head), *qh = shape.of_head(q, qs, head);
+        T* oh = shape.of_head(out, os, head);
         float* lse_head = lse + head * queries;
         if (direct) {
           pack_rows(qh, qs.t, queries, size, shape.scale, space.q, width, queries);
@@ -380,10 +387,10 @@ static void forward(const T* q, Strides qs, const T* k, Strides ks, const T* v, 
         Fetch fetch;
         fetch.add(oh, os.t, i0, i0 + rows, size);
         if ((head + 1) * blocks < last) {
-          const i64 b = (head + 1) / shape.heads, h = (head + 1) % shape.heads;
-          fetch.add(q + b * qs.b + h * qs.h, qs.t, i0, i0 + rows, size);
-          fetch.add(k + b * ks.b + h * ks.h, ks.t, i0, smaller(i0 + rows, shape.keys), size);
-          fetch.add(v + b * vs.b + h * vs.h, vs.t, i0, smaller(i0 + rows, shape.keys), size);
+          const i64 key_end = smaller(i0 + rows, shape.keys);
+          fetch.add(shape.of_head(q, qs, head + 1), qs.t, i0, i0 + rows, size);
+          fetch.add(shape.of_head(k, ks, head + 1), ks.t, i0, key_end, size);
+          fetch.add(shape.of_head(v, vs, head + 1), vs.t, i0, key_end, size);
         }
         run(shape, space, i0, rows, drop, fetch);
         for (i64 r = 0; r < rows; ++r) {
@@ -535,8 +542,9 @@ static void backward_block(const Shape& shape, const BackwardSpace& space, const
     zero(space.weights, MR * BK);
     for (i64 r = 0; r < padded; ++r) {
       const bool real = r < rows;
+      const i64 tile_end = up(seen(r / MR * MR + MR - 1), MR);  // products read no further
       gradient.excess[i0 + r] += backward_row<DROP>(
-          space.p + r * BK, space.ds + r * BK, space.weights + r / KIN * BK, real ? seen(r) : 0, up(seen(r / MR * MR + MR - 1), MR),
+          space.p + r * BK, space.ds + r * BK, space.weights + r / KIN * BK, real ? seen(r) : 0, tile_end,
           real ? lse[i0 + r] : 0.0f, real ? rests[i0 + r] : 0.0f, real ? space.delta[i0 + r] : 0.0f,
           j0 == 0 && shape.visible(i0 + (real ? r : 0)) <= BK, dropout.keep, RowDropout(dropout, i0 + r), j0);
     }
@@ -604,41 +612,41 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
     BackwardSpace space(workspace + share * floats, queries, size);
     i64 packed = -1;
     for (i64 unit = begin; unit < end; ++unit) {
-      const i64 head = unit / splits, b = head / shape.heads, h = head % shape.heads;
-      const Dropout drop = head_dropout(dropout, seed, shape.first_batch + b, h);
+      const i64 head = unit / splits;
+      T *dqh = shape.of_head(dq, dqs, head), *dkh = shape.of_head(dk, dks, head), *dvh = shape.of_head(dv, dvs, head);
+      const Dropout drop = head_dropout(dropout, seed, shape.first_batch + head / shape.heads, head % shape.heads);
       const QueryGradient gradient(splits > 1 ? parts + unit * part : space.gradient, queries, size);
       zero(gradient.dq, part);
       if (head != packed) {
-        pack_rows(q + b * qs.b + h * qs.h, qs.t, queries, size, shape.scale, space.q, width, rows);
-        pack_rows(dout + b * dos.b + h * dos.h, dos.t, queries, size, 1.0f, space.dout, width, rows);
-        row_products(space.dout, width, out + b * os.b + h * os.h, os.t, queries, size, space.delta);
+        pack_rows(shape.of_head(q, qs, head), qs.t, queries, size, shape.scale, space.q, width, rows);
+        pack_rows(shape.of_head(dout, dos, head), dos.t, queries, size, 1.0f, space.dout, width, rows);
+        row_products(space.dout, width, shape.of_head(out, os, head), os.t, queries, size, space.delta);
         packed = head;
       }
       for (i64 block = unit % splits; block < blocks; block += splits) {
         const i64 j0 = block * BK, count = smaller(BK, keys - j0);
-        const T *kh = k + b * ks.b + h * ks.h + j0 * ks.t, *vh = v + b * vs.b + h * vs.h + j0 * vs.t;
+        const T *kh = shape.of_head(k, ks, head) + j0 * ks.t, *vh = shape.of_head(v, vs, head) + j0 * vs.t;
         pack_rows(kh, ks.t, count, size, 1.0f, space.k, width, count);
         pack_transposed(kh, ks.t, count, size, space.k_across);
         pack_transposed(vh, vs.t, count, size, space.v_across);
         const auto run = dropout > 0 ? backward_block<true> : backward_block<false>;
         Fetch fetch;
-        fetch.add(dk + b * dks.b + h * dks.h, dks.t, j0, j0 + count, size);
-        fetch.add(dv + b * dvs.b + h * dvs.h, dvs.t, j0, j0 + count, size);
-        const i64 to = smaller(j0 + count, queries);
-        fetch.add(dq + b * dqs.b + h * dqs.h, dqs.t, j0, to, size);
+        const i64 query_end = smaller(j0 + count, queries);
+        fetch.add(dkh, dks.t, j0, j0 + count, size);
+        fetch.add(dvh, dvs.t, j0, j0 + count, size);
+        fetch.add(dqh, dqs.t, j0, query_end, size);
         if (head + 1 < all_heads) {
-          const i64 b = (head + 1) / shape.heads, h = (head + 1) % shape.heads;
-          fetch.add(q + b * qs.b + h * qs.h, qs.t, j0, to, size);
-          fetch.add(dout + b * dos.b + h * dos.h, dos.t, j0, to, size);
-          fetch.add(out + b * os.b + h * os.h, os.t, j0, to, size);
-          fetch.add(k + b * ks.b + h * ks.h, ks.t, j0, j0 + count, size);
-          fetch.add(v + b * vs.b + h * vs.h, vs.t, j0, j0 + count, size);
+          fetch.add(shape.of_head(q, qs, head + 1), qs.t, j0, query_end, size);
+          fetch.add(shape.of_head(dout, dos, head + 1), dos.t, j0, query_end, size);
+          fetch.add(shape.of_head(out, os, head + 1), os.t, j0, query_end, size);
+          fetch.add(shape.of_head(k, ks, head + 1), ks.t, j0, j0 + count, size);
+          fetch.add(shape.of_head(v, vs, head + 1), vs.t, j0, j0 + count, size);
         }
         run(shape, space, gradient, lse + head * queries, lse + (all_heads + head) * queries, j0, drop, fetch);
-        store_rows(space.dk, width, count, size, 1.0f, dk + b * dks.b + h * dks.h + j0 * dks.t, dks.t);
-        store_rows(space.dv, width, count, size, drop.keep, dv + b * dvs.b + h * dvs.h + j0 * dvs.t, dvs.t);
+        store_rows(space.dk, width, count, size, 1.0f, dkh + j0 * dks.t, dks.t);
+        store_rows(space.dv, width, count, size, drop.keep, dvh + j0 * dvs.t, dvs.t);
       }
-      if (splits == 1) store_dq(shape, gradient, dq + b * dqs.b + h * dqs.h, dqs.t);
+      if (splits == 1) store_dq(shape, gradient, dqh, dqs.t);
     }
   });
   if (splits == 1) return;
@@ -647,8 +655,7 @@ static void backward(const T* dout, Strides dos, const T* q, Strides qs, const T
       float* first = parts + head * splits * part;
       for (i64 s = 1; s < splits; ++s)
         for (i64 c = 0; c < part; c += VL) store(first + c, load(first + c) + load(first + s * part + c));
-      const i64 b = head / shape.heads, h = head % shape.heads;
-      store_dq(shape, QueryGradient(first, queries, size), dq + b * dqs.b + h * dqs.h, dqs.t);
+      store_dq(shape, QueryGradient(first, queries, size), shape.of_head(dq, dqs, head), dqs.t);
     }
   });
 }
