@@ -11,7 +11,8 @@
 //             contiguous: lse and its rounding error.
 //   moves     reads q, k, v once and writes out; forward 4 D, backward 10 D operations per visible pair.
 //   work      Every product is a run of MR x NR register tiles: A broadcast, B row-major. Inputs are packed in
-//             fp32 (k also transposed), zero-padded, into a workspace per thread that stays in L2.
+//             fp32 (k also transposed), zero-padded, into a workspace per thread that stays in L2. Beside the
+//             tiles the next head's rows, and those of the outputs, are fetched.
 //             forward: units of BQ queries of one head, shared out by visible pairs; a thread packs a head's
 //             k and v once. At most DIRECT queries (decoding): k and v are read in place, one head a unit.
 //             backward: units of one head's key blocks, dk and dv of a block stay near while the queries pass.
