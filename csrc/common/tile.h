@@ -13,10 +13,7 @@ GPT2FAST_INLINE i64 clamp(i64 x, i64 low, i64 high) { return x < low ? low : x >
 GPT2FAST_INLINE i64 up(i64 x, i64 multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 GPT2FAST_INLINE void zero(float* p, i64 count) {
-  for (i64 c = 0; c < count; c += VL) {
-    store(p + c, vf{});
-    asm volatile("" ::: "memory");  // or gcc calls memset, which costs more than a few vectors
-  }
+  for (i64 c = 0; c < count; c += VL) store(p + c, vf{});
 }
 
 // Pieces of a workspace, each on its own cache lines.
