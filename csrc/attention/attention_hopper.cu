@@ -41,6 +41,15 @@ struct Maps {
 
 #ifdef GPT2FAST_HOPPER
 
+// A ring whose places are full after `writers` arrivals, and free when every warp of the consumers has arrived.
+template <int N>
+__device__ __forceinline__ void ring_init(Barrier (&come)[N], Barrier (&gone)[N], int writers = 1) {
+  for (int i = 0; i < N; ++i) {
+    barrier_init(come[i], writers);
+    barrier_init(gone[i], CONSUMER_WARPS);
+  }
+}
+
 // The tile that this block has in a round, and how many tiles of keys its queries see.
 struct Work {
   Place place;
@@ -52,6 +61,22 @@ struct Work {
 };
 __device__ __forceinline__ int tile_of_round(int round) {
   return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// Accumulators, rounded, as left operands.
+template <class T, int N>
+__device__ __forceinline__ void as_left(uint32_t (&a)[N / 8][4], const float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) a[i / 4][i % 4] = pack<T>(d[2 * i], d[2 * i + 1]);
+}
+
+// Writes a thread's part of 64 x 64 results, times a factor for each of its rows, to a tile; `own` is the first row.
+template <class T>
+__device__ __forceinline__ void write_rows(T* tile, const float (&d)[SIZE / 2], int own, const float (&factor)[2]) {
+#pragma unroll
+  for (int j = 0; j < SIZE / 2; j += 2)
+    *(uint32_t*)(tile + in_tile(own + j / 2 % 2 * 8, j / 4 * 8 + threadIdx.x % 4 * 2)) =
+        pack<T>(d[j] * factor[j / 2 % 2], d[j + 1] * factor[j / 2 % 2]);
 }
 
 // What a thread knows of its two queries, 8 rows apart.
@@ -87,10 +112,6 @@ struct HopperSoftmax {
         }
     }
   }
-  __device__ __forceinline__ void round() {
-#pragma unroll
-    for (int i = 0; i < KEYS / 4; ++i) p[i / 4][i % 4] = pack<T>(s[2 * i], s[2 * i + 1]);
-  }
 };
 
 #endif
@@ -103,14 +124,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
   Shared& shared = shared_memory<Shared>();
   const int tiles = schedule.tiles * problem.batch * problem.heads;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(shared.q_come[i], 1);
-      barrier_init(shared.q_gone[i], CONSUMER_WARPS);
-    }
-    for (int i = 0; i < STAGES; ++i) {
-      barrier_init(shared.come[i], 1);
-      barrier_init(shared.gone[i], CONSUMER_WARPS);
-    }
+    ring_init(shared.q_come, shared.q_gone);
+    ring_init(shared.come, shared.gone);
     barrier_init_fence();
   }
   __syncthreads();
@@ -181,7 +196,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
       wgmma_wait<0>(row.s);
       arrive(shared.gone[used % STAGES]);
       row.take(scale, KEYS > whole, 0, seen);
-      row.round();
+      as_left<T>(row.p, row.s);
       const T* v = come(1);
       for (int i = 2; i <= last; i += 2) {  // S of this step, P v of the last one
         multiply_q(come(i));
@@ -194,7 +209,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         arrive(shared.gone[(used + i - 1) % STAGES]);
 #pragma unroll
         for (int j = 0; j < SIZE / 2; ++j) out[j] *= row.rescale[j / 2 % 2];
-        row.round();
+        as_left<T>(row.p, row.s);
       }
       arrive(shared.q_gone[round % 2]);
       multiply_p(v, last > 0);
@@ -213,10 +228,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 
       if (t == 0) tma_wait_read<0>();  // the last tile has left
       named_barrier(1 + part, WARPGROUP);
-#pragma unroll
-      for (int j = 0; j < SIZE / 2; j += 2)
-        *(uint32_t*)(shared.out[part] + in_tile(own + j / 2 % 2 * 8, j / 4 * 8 + lane % 4 * 2)) =
-            pack<T>(out[j] * factor[j / 2 % 2], out[j + 1] * factor[j / 2 % 2]);
+      write_rows(shared.out[part], out, own, factor);
       proxy_fence();
       named_barrier(1 + part, WARPGROUP);
       if (t == 0) {
@@ -229,15 +241,395 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #endif
 }
 
-}  // namespace attention
+// ---- backward ------------------------------------------------------------------------------------------
 
-void attention_hopper_forward(uintptr_t q, i64 q_b, i64 q_t, i64 q_h, uintptr_t k, i64 k_b, i64 k_t, i64 k_h,
-                              uintptr_t v, i64 v_b, i64 v_t, i64 v_h, uintptr_t out, i64 out_b, i64 out_t, i64 out_h,
-                              uintptr_t lse, i64 batch, i64 heads, i64 queries, i64 keys, bool causal, i64 diagonal,
-                              double scale, int dtype, i64 processors, uintptr_t stream) {
-  using namespace attention;
-  const char* op = "attention_hopper_forward";
-  if (batch * heads * queries == 0) return;
+constexpr int PAIRS = 4;                    // dq: tiles of k with those of v
+constexpr int QUERIES = 64, QUERY_TILES = 8;  // dk and dv: so many at a time, of q with those of dout
+
+template <class T>
+struct alignas(1024) DqHopperShared {
+  T q[2][ROWS * SIZE], dout[2][ROWS * SIZE], k[PAIRS][KEYS * SIZE], v[PAIRS][KEYS * SIZE], dq[CONSUMERS][PART * SIZE];
+  Barrier q_come[2], q_gone[2], come[PAIRS], gone[PAIRS];
+};
+template <class T>
+struct alignas(1024) DkvHopperShared {
+  T k[ROWS * SIZE], v[ROWS * SIZE], q[QUERY_TILES][QUERIES * SIZE], dout[QUERY_TILES][QUERIES * SIZE];
+  T dk[CONSUMERS][PART * SIZE], dv[CONSUMERS][PART * SIZE];
+  float level[QUERY_TILES][QUERIES], delta[QUERY_TILES][QUERIES];
+  Barrier k_come[1], k_gone[1], come[QUERY_TILES], gone[QUERY_TILES];
+};
+
+// All in tiles of PART rows.
+struct BackwardMaps {
+  TensorMap dout, q, k, v, dq, dk, dv;
+};
+
+#ifdef GPT2FAST_HOPPER
+
+template <int LENGTH, class T>
+__device__ __forceinline__ void load_rows(T* to, const TensorMap& map, int row, const Place& place, Barrier& barrier) {
+#pragma unroll
+  for (int i = 0; i < LENGTH; i += PART) tma_load(to + i * SIZE, map, 0, row + i, place.h, place.b, barrier);
+}
+
+#endif
+
+template <class T>
+__global__ void __launch_bounds__(HOPPER_THREADS, 1)
+    dq_hopper_kernel(const __grid_constant__ BackwardMaps maps, View<const T> outs, const float* lse, float* deltas,
+                     Problem problem, Schedule schedule) {
+#ifdef GPT2FAST_HOPPER
+  using Shared = DqHopperShared<T>;
+  Shared& shared = shared_memory<Shared>();
+  const int tiles = schedule.tiles * problem.batch * problem.heads;
+  if (threadIdx.x == 0) {
+    ring_init(shared.q_come, shared.q_gone);
+    ring_init(shared.come, shared.gone);
+    barrier_init_fence();
+  }
+  __syncthreads();
+
+  if (threadIdx.x < WARPGROUP) {
+    give_registers<40>();
+    if (threadIdx.x != 0) return;
+    unsigned filled = 0;
+    for (int round = 0, tile; (tile = tile_of_round(round)) < tiles; ++round) {
+      const Work work(problem, schedule, tile);
+      Barrier& q_come = shared.q_come[round % 2];
+      barrier_wait(shared.q_gone[round % 2], round / 2 % 2 ^ 1);
+      barrier_expect(q_come, int(2 * sizeof shared.q[0]));
+      load_rows<ROWS>(shared.q[round % 2], maps.q, work.begin, work.place, q_come);
+      load_rows<ROWS>(shared.dout[round % 2], maps.dout, work.begin, work.place, q_come);
+      for (int i = 0; i < work.steps; ++i, ++filled) {
+        const int stage = filled % PAIRS;
+        barrier_wait(shared.gone[stage], filled / PAIRS % 2 ^ 1);
+        barrier_expect(shared.come[stage], int(2 * sizeof shared.k[0]));
+        load_rows<KEYS>(shared.k[stage], maps.k, i * KEYS, work.place, shared.come[stage]);
+        load_rows<KEYS>(shared.v[stage], maps.v, i * KEYS, work.place, shared.come[stage]);
+      }
+    }
+  } else {
+    take_registers<232>();
+    const int part = threadIdx.x / WARPGROUP - 1, t = threadIdx.x % WARPGROUP, lane = t % WARP;
+    const int own = t / WARP * 16 + lane / 4;  // row of the part
+    const float scale = problem.scale * LOG2_E;
+    const auto arrive = [&](Barrier& barrier) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(barrier);
+    };
+    unsigned used = 0;  // pairs of tiles before this round
+    float s[KEYS / 2], dp[KEYS / 2], dq[SIZE / 2];
+    uint32_t ds[KEYS / 16][4];
+    for (int round = 0, tile; (tile = tile_of_round(round)) < tiles; ++round) {
+      const Work work(problem, schedule, tile);
+      const Place& place = work.place;
+      const int first = work.begin + part * PART, whole = clamp(first + place.diagonal + 1, place.keys);
+      const T* const q = shared.q[round % 2] + part * PART * SIZE;
+      const T* const dout = shared.dout[round % 2] + part * PART * SIZE;
+      int seen[2];
+      float level[2], delta[2];
+      Vector<T, 8> out[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = first + own + 8 * half;
+        seen[half] = clamp(query + place.diagonal + 1, place.keys);
+        level[half] = INFINITY;
+        out[half][0] = out[half][1] = {};
+        if (query >= place.queries) continue;
+        level[half] = lse[place.lse + query];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          out[half][i] = load_vector<true, Vector<T, 8>>(outs.at(place.b, place.h, query) + (lane % 4 + 4 * i) * 8);
+      }
+      const auto wait_for = [&](int i) {
+        barrier_wait(shared.come[(used + i) % PAIRS], (used + i) / PAIRS % 2);
+        return (used + i) % PAIRS;
+      };
+      const auto multiply = [&](int stage) {  // S and dP
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < SIZE; i += 16)
+          wgmma<T, false>(s, wgmma_operand(q + i), wgmma_operand(shared.k[stage] + i), i > 0);
+        wgmma_commit();
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < SIZE; i += 16)
+          wgmma<T, false>(dp, wgmma_operand(dout + i), wgmma_operand(shared.v[stage] + i), i > 0);
+        wgmma_commit();
+      };
+      const auto multiply_ds = [&](int stage, bool accumulate) {
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < KEYS; i += 16)
+          wgmma<T, true>(dq, ds[i / 16], wgmma_operand(shared.k[stage] + i * SIZE), accumulate || i > 0);
+        wgmma_commit();
+      };
+      const auto form_p = [&](int start) {  // in the place of S
+        if (start + KEYS > whole) {
+          const int column = start + lane % 4 * 2;
+#pragma unroll
+          for (int i = 0; i < KEYS / 2; ++i)
+            if (column + i / 4 * 8 + i % 2 >= seen[i / 2 % 2]) s[i] = -INFINITY;
+        }
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; ++i) s[i] = exp2_fast(s[i] * scale - level[i / 2 % 2]);
+      };
+      const auto form_ds = [&] {
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; ++i) dp[i] = s[i] * (dp[i] - delta[i / 2 % 2]);
+        as_left<T>(ds, dp);
+      };
+
+      barrier_wait(shared.q_come[round % 2], round / 2 % 2);
+      int stage = wait_for(0);
+      multiply(stage);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = own + 8 * half;
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const auto other = load_vector<false, Vector<T, 8>>(dout + in_tile(row, (lane % 4 + 4 * i) * 8));
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sum += to_float(out[half][i].at[j]) * to_float(other.at[j]);
+        }
+        delta[half] = quad_sum(sum);
+        if (lane % 4 == 0 && first + row < place.queries) deltas[place.lse + first + row] = delta[half];  // for dk, dv
+      }
+      wgmma_wait<1>(s);
+      form_p(0);
+      wgmma_wait<0>(dp);
+      form_ds();
+      for (int i = 1; i < work.steps; ++i) {  // S and dP of this step, dS k of the last one
+        const int last = stage;
+        stage = wait_for(i);
+        multiply(stage);
+        multiply_ds(last, i > 1);
+        wgmma_wait<2>(s);
+        form_p(i * KEYS);
+        wait_for(i);  // over already: a loop, behind which ptxas does not move the exponentials
+        wgmma_wait<0>(dp);
+        wgmma_wait<0>(dq);
+        arrive(shared.gone[last]);
+        form_ds();
+      }
+      arrive(shared.q_gone[round % 2]);
+      multiply_ds(stage, work.steps > 1);
+      wgmma_wait<0>(dq);
+      arrive(shared.gone[stage]);
+      used += work.steps;
+
+      // With one key P is 1 and dS is 0, of which rounding would leave something.
+      const float factor[2] = {seen[0] == 1 ? 0.0f : problem.scale, seen[1] == 1 ? 0.0f : problem.scale};
+      if (t == 0) tma_wait_read<0>();  // the last tile has left
+      named_barrier(1 + part, WARPGROUP);
+      write_rows(shared.dq[part], dq, own, factor);
+      proxy_fence();
+      named_barrier(1 + part, WARPGROUP);
+      if (t == 0) {
+        tma_store(maps.dq, shared.dq[part], 0, first, place.h, place.b);
+        tma_commit();
+      }
+    }
+    if (t == 0) tma_wait_read<0>();  // shared memory ends with the block
+  }
+#endif
+}
+
+#ifdef GPT2FAST_HOPPER
+
+// The tile of keys that this block has in a round, and the tiles of queries that see it: one where none does.
+struct KeyWork {
+  Place place;
+  int begin, first, steps;
+  __device__ KeyWork(const Problem& problem, const Schedule& schedule, int tile)
+      : place(place_of_block<false>(problem, schedule, tile)),
+        begin(place.tile * ROWS),
+        first(clamp(begin - place.diagonal, place.queries - 1) / QUERIES * QUERIES),
+        steps((place.queries - first + QUERIES - 1) / QUERIES) {}
+};
+
+#endif
+
+template <class T>
+__global__ void __launch_bounds__(HOPPER_THREADS, 1)
+    dkv_hopper_kernel(const __grid_constant__ BackwardMaps maps, const float* lse, const float* deltas,
+                      Problem problem, Schedule schedule) {
+#ifdef GPT2FAST_HOPPER
+  using Shared = DkvHopperShared<T>;
+  Shared& shared = shared_memory<Shared>();
+  const int tiles = schedule.tiles * problem.batch * problem.heads, lane = threadIdx.x % WARP;
+  if (threadIdx.x == 0) {
+    ring_init(shared.k_come, shared.k_gone);
+    ring_init(shared.come, shared.gone, 2);
+    barrier_init_fence();
+  }
+  __syncthreads();
+
+  if (threadIdx.x < WARPGROUP) {
+    give_registers<40>();
+    const bool copies = threadIdx.x == 0;  // the second warp brings what is known of the queries
+    if (!copies && threadIdx.x / WARP != 1) return;
+    unsigned filled = 0;
+    for (int round = 0, tile; (tile = tile_of_round(round)) < tiles; ++round) {
+      const KeyWork work(problem, schedule, tile);
+      const Place& place = work.place;
+      if (copies) {
+        barrier_wait(shared.k_gone[0], round % 2 ^ 1);
+        barrier_expect(shared.k_come[0], int(2 * sizeof shared.k));
+        load_rows<ROWS>(shared.k, maps.k, work.begin, place, shared.k_come[0]);
+        load_rows<ROWS>(shared.v, maps.v, work.begin, place, shared.k_come[0]);
+      }
+      for (int i = 0; i < work.steps; ++i, ++filled) {
+        const int stage = filled % QUERY_TILES, start = work.first + i * QUERIES;
+        const int free = filled / QUERY_TILES % 2 ^ 1;
+        if (copies) {
+          barrier_wait(shared.gone[stage], free);
+          barrier_expect(shared.come[stage], int(2 * sizeof shared.q[0]));
+          load_rows<QUERIES>(shared.q[stage], maps.q, start, place, shared.come[stage]);
+          load_rows<QUERIES>(shared.dout[stage], maps.dout, start, place, shared.come[stage]);
+        } else {
+          float level[2] = {INFINITY, INFINITY}, delta[2] = {0, 0};
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int query = start + lane + half * WARP;
+            if (query >= place.queries) continue;
+            level[half] = lse[place.lse + query];
+            delta[half] = deltas[place.lse + query];
+          }
+          barrier_wait(shared.gone[stage], free);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            shared.level[stage][lane + half * WARP] = level[half];
+            shared.delta[stage][lane + half * WARP] = delta[half];
+          }
+          __syncwarp();
+          if (lane == 0) barrier_arrive(shared.come[stage]);
+        }
+      }
+    }
+  } else {
+    take_registers<232>();
+    const int part = threadIdx.x / WARPGROUP - 1, t = threadIdx.x % WARPGROUP;
+    const int own = t / WARP * 16 + lane / 4, column = lane % 4 * 2;  // row of the part
+    const float scale = problem.scale * LOG2_E;
+    const auto arrive = [&](Barrier& barrier) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(barrier);
+    };
+    unsigned used = 0;  // tiles of queries before this round
+    float s[QUERIES / 2], dp[QUERIES / 2], dk[SIZE / 2], dv[SIZE / 2];  // S and dP transposed
+    uint32_t k[SIZE / 16][4], v[SIZE / 16][4], p[QUERIES / 16][4], ds[QUERIES / 16][4];
+    for (int round = 0, tile; (tile = tile_of_round(round)) < tiles; ++round) {
+      const KeyWork work(problem, schedule, tile);
+      const Place& place = work.place;
+      const int first = work.begin + part * PART;
+      const auto wait_for = [&](int i) {
+        barrier_wait(shared.come[(used + i) % QUERY_TILES], (used + i) / QUERY_TILES % 2);
+        return int((used + i) % QUERY_TILES);
+      };
+      const auto multiply = [&](int stage) {  // S and dP
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < SIZE; i += 16) wgmma<T, false>(s, k[i / 16], wgmma_operand(shared.q[stage] + i), i > 0);
+        wgmma_commit();
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < SIZE; i += 16) wgmma<T, false>(dp, v[i / 16], wgmma_operand(shared.dout[stage] + i), i > 0);
+        wgmma_commit();
+      };
+      const auto multiply_back = [&](int stage, bool accumulate) {  // P and dS
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < QUERIES; i += 16)
+          wgmma<T, true>(dv, p[i / 16], wgmma_operand(shared.dout[stage] + i * SIZE), accumulate || i > 0);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < QUERIES; i += 16)
+          wgmma<T, true>(dk, ds[i / 16], wgmma_operand(shared.q[stage] + i * SIZE), accumulate || i > 0);
+        wgmma_commit();
+      };
+      const auto form_p = [&](int stage, int start) {  // in the place of S
+        if (first + PART - 1 > start + place.diagonal) {
+          const int ahead = start + column + place.diagonal - first - own;  // of the diagonal
+#pragma unroll
+          for (int i = 0; i < QUERIES / 2; ++i)
+            if (ahead + i / 4 * 8 + i % 2 < i / 2 % 2 * 8) s[i] = -INFINITY;
+        }
+#pragma unroll
+        for (int j = 0; j < QUERIES / 2; j += 4) {
+          const auto level = load_vector<false, Vector<float, 2>>(&shared.level[stage][2 * j + column]);
+#pragma unroll
+          for (int i = j; i < j + 4; ++i) s[i] = exp2_fast(s[i] * scale - level.at[i % 2]);
+        }
+      };
+      const auto form_ds = [&](int stage, int start) {
+        as_left<T>(p, s);
+#pragma unroll
+        for (int j = 0; j < QUERIES / 2; j += 4) {
+          const auto delta = load_vector<false, Vector<float, 2>>(&shared.delta[stage][2 * j + column]);
+#pragma unroll
+          for (int i = j; i < j + 4; ++i) dp[i] = s[i] * (dp[i] - delta.at[i % 2]);
+        }
+        // The query that sees the first key only: P is 1 and dS is 0, of which rounding would leave something.
+        if (start + column + place.diagonal == 0) dp[0] = dp[2] = 0;
+        as_left<T>(ds, dp);
+      };
+
+      barrier_wait(shared.k_come[0], round % 2);
+#pragma unroll
+      for (int i = 0; i < SIZE / 16; ++i) {
+        const int at = in_tile(part * PART + t / WARP * 16 + lane % 16, i * 16 + lane / 16 * 8);
+        ldmatrix(k[i], shared.k + at);
+        ldmatrix(v[i], shared.v + at);
+      }
+      arrive(shared.k_gone[0]);
+      int stage = wait_for(0), start = work.first;
+      multiply(stage);
+      wgmma_wait<1>(s);
+      form_p(stage, start);
+      wgmma_wait<0>(dp);
+      form_ds(stage, start);
+      for (int i = 1; i < work.steps; ++i) {  // S and dP of this step, dk and dv of the last one
+        const int last = stage;
+        stage = wait_for(i);
+        start += QUERIES;
+        multiply(stage);
+        multiply_back(last, i > 1);
+        wgmma_wait<2>(s);
+        form_p(stage, start);
+        wait_for(i);  // over already: a loop, behind which ptxas does not move the exponentials
+        wgmma_wait<0>(dp);
+        wgmma_wait<0>(dv);
+        wgmma_wait<0>(dk);
+        arrive(shared.gone[last]);
+        form_ds(stage, start);
+      }
+      multiply_back(stage, work.steps > 1);
+      wgmma_wait<0>(dv);
+      wgmma_wait<0>(dk);
+      arrive(shared.gone[stage]);
+      used += work.steps;
+
+      const float factor = place.keys == 1 ? 0.0f : problem.scale;  // as above
+      if (t == 0) tma_wait_read<0>();  // the last tile has left
+      named_barrier(1 + part, WARPGROUP);
+      write_rows(shared.dk[part], dk, own, {factor, factor});
+      write_rows(shared.dv[part], dv, own, {1.0f, 1.0f});
+      proxy_fence();
+      named_barrier(1 + part, WARPGROUP);
+      if (t == 0) {
+        tma_store(maps.dk, shared.dk[part], 0, first, place.h, place.b);
+        tma_store(maps.dv, shared.dv[part], 0, first, place.h, place.b);
+        tma_commit();
+      }
+    }
+    if (t == 0) tma_wait_read<0>();  // shared memory ends with the block
+  }
+#endif
+}
+
+static Problem hopper_problem(i64 batch, i64 heads, i64 queries, i64 keys, bool causal, i64 diagonal, double scale) {
   Problem problem{};
   problem.lse_plane = batch * heads * queries;
   problem.lse_batch = heads * queries;
@@ -249,6 +641,25 @@ void attention_hopper_forward(uintptr_t q, i64 q_b, i64 q_t, i64 q_h, uintptr_t 
   problem.diagonal = int(diagonal);
   problem.causal = causal;
   problem.scale = float(scale);
+  return problem;
+}
+
+// A block for each tile, or for each multiprocessor.
+static dim3 persistent(const Problem& problem, const Schedule& s, i64 processors) {
+  const unsigned blocks = grid_of(problem, s).x;
+  return dim3(blocks < processors ? blocks : unsigned(processors));
+}
+
+}  // namespace attention
+
+void attention_hopper_forward(uintptr_t q, i64 q_b, i64 q_t, i64 q_h, uintptr_t k, i64 k_b, i64 k_t, i64 k_h,
+                              uintptr_t v, i64 v_b, i64 v_t, i64 v_h, uintptr_t out, i64 out_b, i64 out_t, i64 out_h,
+                              uintptr_t lse, i64 batch, i64 heads, i64 queries, i64 keys, bool causal, i64 diagonal,
+                              double scale, int dtype, i64 processors, uintptr_t stream) {
+  using namespace attention;
+  const char* op = "attention_hopper_forward";
+  if (batch * heads * queries == 0) return;
+  const Problem problem = hopper_problem(batch, heads, queries, keys, causal, diagonal, scale);
   with_half_dtype(dtype, [&](auto kind) {
     using T = decltype(kind);
     const auto view = [&](uintptr_t address, i64 length, i64 b, i64 t, i64 h, int rows) {
@@ -257,9 +668,38 @@ void attention_hopper_forward(uintptr_t q, i64 q_b, i64 q_t, i64 q_h, uintptr_t 
     const Maps maps{view(q, queries, q_b, q_t, q_h, ROWS), view(k, keys, k_b, k_t, k_h, KEYS),
                     view(v, keys, v_b, v_t, v_h, KEYS), view(out, queries, out_b, out_t, out_h, PART)};
     const Schedule s = schedule(queries, ROWS, keys, SIZE, sizeof(T));
-    const unsigned blocks = grid_of(problem, s).x;
-    launch(op, forward_hopper_kernel<T>, dim3(blocks < processors ? blocks : unsigned(processors)), HOPPER_THREADS,
-           sizeof(HopperShared<T>), stream, maps, (float*)lse, problem, s);
+    launch(op, forward_hopper_kernel<T>, persistent(problem, s, processors), HOPPER_THREADS, sizeof(HopperShared<T>),
+           stream, maps, (float*)lse, problem, s);
+  });
+}
+
+void attention_hopper_backward(uintptr_t dout, i64 dout_b, i64 dout_t, i64 dout_h, uintptr_t q, i64 q_b, i64 q_t,
+                               i64 q_h, uintptr_t k, i64 k_b, i64 k_t, i64 k_h, uintptr_t v, i64 v_b, i64 v_t,
+                               i64 v_h, uintptr_t out, i64 out_b, i64 out_t, i64 out_h, uintptr_t dq, i64 dq_b,
+                               i64 dq_t, i64 dq_h, uintptr_t dk, i64 dk_b, i64 dk_t, i64 dk_h, uintptr_t dv, i64 dv_b,
+                               i64 dv_t, i64 dv_h, uintptr_t lse, uintptr_t delta, i64 batch, i64 heads, i64 queries,
+                               i64 keys, bool causal, i64 diagonal, double scale, int dtype, i64 processors,
+                               uintptr_t stream) {
+  using namespace attention;
+  const char* op = "attention_hopper_backward";
+  if (batch * heads == 0) return;
+  const Problem problem = hopper_problem(batch, heads, queries, keys, causal, diagonal, scale);
+  with_half_dtype(dtype, [&](auto kind) {
+    using T = decltype(kind);
+    const auto view = [&](uintptr_t address, i64 length, i64 b, i64 t, i64 h) {
+      return tensor_map<T, 4>(op, address, {SIZE, length, heads, batch}, {t, h, b}, PART);
+    };
+    const BackwardMaps maps{view(dout, queries, dout_b, dout_t, dout_h), view(q, queries, q_b, q_t, q_h),
+                            view(k, keys, k_b, k_t, k_h),                view(v, keys, v_b, v_t, v_h),
+                            view(dq, queries, dq_b, dq_t, dq_h),         view(dk, keys, dk_b, dk_t, dk_h),
+                            view(dv, keys, dv_b, dv_t, dv_h)};
+    const Schedule by_queries = schedule(queries, ROWS, keys, SIZE, sizeof(T));
+    launch(op, dq_hopper_kernel<T>, persistent(problem, by_queries, processors), HOPPER_THREADS,
+           sizeof(DqHopperShared<T>), stream, maps, View<const T>{(const T*)out, out_b, out_t, out_h},
+           (const float*)lse, (float*)delta, problem, by_queries);  // first: it writes delta
+    const Schedule by_keys = schedule(keys, ROWS, queries, SIZE, sizeof(T));
+    launch(op, dkv_hopper_kernel<T>, persistent(problem, by_keys, processors), HOPPER_THREADS,
+           sizeof(DkvHopperShared<T>), stream, maps, (const float*)lse, (const float*)delta, problem, by_keys);
   });
 }
 

@@ -627,7 +627,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return cuda_emulator.launches_on_hopper("attention", monkeypatch)
 
 
-HOPPER = ["attention_hopper_forward", "attention_backward"]
+HOPPER = ["attention_hopper_forward", "attention_hopper_backward"]
 
 
 @pytest.mark.parametrize("causal", [True, False])
