@@ -341,11 +341,12 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         for (int i = 0; i < 2; ++i)
           out[half][i] = load_vector<true, Vector<T, 8>>(outs.at(place.b, place.h, query) + (lane % 4 + 4 * i) * 8);
       }
-      const auto wait_for = [&](int i) {
+      const auto come = [&](int i) {
         barrier_wait(shared.come[(used + i) % PAIRS], (used + i) / PAIRS % 2);
         return (used + i) % PAIRS;
       };
-      const auto multiply = [&](int stage) {  // S and dP
+      const auto multiply = [&](int i) {  // S and dP
+        const int stage = come(i);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < SIZE; i += 16)
@@ -357,22 +358,24 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
           wgmma<T, false>(dp, wgmma_operand(dout + i), wgmma_operand(shared.v[stage] + i), i > 0);
         wgmma_commit();
       };
-      const auto multiply_ds = [&](int stage, bool accumulate) {
+      const auto multiply_ds = [&](int step) {
+        const T* const k = shared.k[(used + step) % PAIRS];
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < KEYS; i += 16)
-          wgmma<T, true>(dq, ds[i / 16], wgmma_operand(shared.k[stage] + i * SIZE), accumulate || i > 0);
+          wgmma<T, true>(dq, ds[i / 16], wgmma_operand(k + i * SIZE), step > 0 || i > 0);
         wgmma_commit();
       };
-      const auto form_p = [&](int start) {  // in the place of S
-        if (start + KEYS > whole) {
-          const int column = start + lane % 4 * 2;
+      const auto form_p = [&](int step) {  // in the place of S
+        if (step * KEYS + KEYS > whole) {
+          const int column = step * KEYS + lane % 4 * 2;
 #pragma unroll
           for (int i = 0; i < KEYS / 2; ++i)
             if (column + i / 4 * 8 + i % 2 >= seen[i / 2 % 2]) s[i] = -INFINITY;
         }
 #pragma unroll
         for (int i = 0; i < KEYS / 2; ++i) s[i] = exp2_fast(s[i] * scale - level[i / 2 % 2]);
+        come(step);  // has: a loop, behind which ptxas does not move the exponentials
       };
       const auto form_ds = [&] {
 #pragma unroll
@@ -381,8 +384,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
       };
 
       barrier_wait(shared.q_come[round % 2], round / 2 % 2);
-      int stage = wait_for(0);
-      multiply(stage);
+      multiply(0);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = own + 8 * half;
@@ -401,23 +403,20 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
       wgmma_wait<0>(dp);
       form_ds();
       for (int i = 1; i < work.steps; ++i) {  // S and dP of this step, dS k of the last one
-        const int last = stage;
-        stage = wait_for(i);
-        multiply(stage);
-        multiply_ds(last, i > 1);
+        multiply(i);
+        multiply_ds(i - 1);
         wgmma_wait<2>(s);
-        form_p(i * KEYS);
-        wait_for(i);  // over already: a loop, behind which ptxas does not move the exponentials
+        form_p(i);
         wgmma_wait<0>(dp);
         wgmma_wait<0>(dq);
-        arrive(shared.gone[last]);
+        arrive(shared.gone[(used + i - 1) % PAIRS]);
         form_ds();
       }
       arrive(shared.q_gone[round % 2]);
-      multiply_ds(stage, work.steps > 1);
+      multiply_ds(work.steps - 1);
       wgmma_wait<0>(dq);
-      arrive(shared.gone[stage]);
       used += work.steps;
+      arrive(shared.gone[(used - 1) % PAIRS]);
 
       // With one key P is 1 and dS is 0, of which rounding would leave something.
       const float factor[2] = {seen[0] == 1 ? 0.0f : problem.scale, seen[1] == 1 ? 0.0f : problem.scale};
@@ -524,11 +523,12 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
       const KeyWork work(problem, schedule, tile);
       const Place& place = work.place;
       const int first = work.begin + part * PART;
-      const auto wait_for = [&](int i) {
+      const auto come = [&](int i) {
         barrier_wait(shared.come[(used + i) % QUERY_TILES], (used + i) / QUERY_TILES % 2);
-        return int((used + i) % QUERY_TILES);
+        return (used + i) % QUERY_TILES;
       };
-      const auto multiply = [&](int stage) {  // S and dP
+      const auto multiply = [&](int step) {  // S and dP
+        const int stage = come(step);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < SIZE; i += 16) wgmma<T, false>(s, k[i / 16], wgmma_operand(shared.q[stage] + i), i > 0);
@@ -538,20 +538,24 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         for (int i = 0; i < SIZE; i += 16) wgmma<T, false>(dp, v[i / 16], wgmma_operand(shared.dout[stage] + i), i > 0);
         wgmma_commit();
       };
-      const auto multiply_back = [&](int stage, bool accumulate) {  // P and dS
+      const auto multiply_back = [&](int step) {  // P and dS
+        const int stage = (used + step) % QUERY_TILES;
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < QUERIES; i += 16)
-          wgmma<T, true>(dv, p[i / 16], wgmma_operand(shared.dout[stage] + i * SIZE), accumulate || i > 0);
+          wgmma<T, true>(dv, p[i / 16], wgmma_operand(shared.dout[stage] + i * SIZE), step > 0 || i > 0);
+        wgmma_commit();
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < QUERIES; i += 16)
-          wgmma<T, true>(dk, ds[i / 16], wgmma_operand(shared.q[stage] + i * SIZE), accumulate || i > 0);
+          wgmma<T, true>(dk, ds[i / 16], wgmma_operand(shared.q[stage] + i * SIZE), step > 0 || i > 0);
         wgmma_commit();
       };
-      const auto form_p = [&](int stage, int start) {  // in the place of S
-        if (first + PART - 1 > start + place.diagonal) {
-          const int ahead = start + column + place.diagonal - first - own;  // of the diagonal
+      const auto form_p = [&](int step) {  // in the place of S
+        const int stage = (used + step) % QUERY_TILES;
+        const int before = work.first + step * QUERIES + place.diagonal - first;  // that all queries see
+        if (before < PART - 1) {
+          const int ahead = before + column - own;
 #pragma unroll
           for (int i = 0; i < QUERIES / 2; ++i)
             if (ahead + i / 4 * 8 + i % 2 < i / 2 % 2 * 8) s[i] = -INFINITY;
@@ -562,8 +566,10 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #pragma unroll
           for (int i = j; i < j + 4; ++i) s[i] = exp2_fast(s[i] * scale - level.at[i % 2]);
         }
+        come(step);  // has: a loop, behind which ptxas does not move the exponentials
       };
-      const auto form_ds = [&](int stage, int start) {
+      const auto form_ds = [&](int step) {
+        const int stage = (used + step) % QUERY_TILES;
         as_left<T>(p, s);
 #pragma unroll
         for (int j = 0; j < QUERIES / 2; j += 4) {
@@ -572,7 +578,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
           for (int i = j; i < j + 4; ++i) dp[i] = s[i] * (dp[i] - delta.at[i % 2]);
         }
         // The query that sees the first key only: P is 1 and dS is 0, of which rounding would leave something.
-        if (start + column + place.diagonal == 0) dp[0] = dp[2] = 0;
+        if (work.first + step + column + place.diagonal == 0) dp[0] = dp[2] = 0;
         as_left<T>(ds, dp);
       };
 
@@ -584,32 +590,27 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         ldmatrix(v[i], shared.v + at);
       }
       arrive(shared.k_gone[0]);
-      int stage = wait_for(0), start = work.first;
-      multiply(stage);
+      multiply(0);
       wgmma_wait<1>(s);
-      form_p(stage, start);
+      form_p(0);
       wgmma_wait<0>(dp);
-      form_ds(stage, start);
+      form_ds(0);
       for (int i = 1; i < work.steps; ++i) {  // S and dP of this step, dk and dv of the last one
-        const int last = stage;
-        stage = wait_for(i);
-        start += QUERIES;
-        multiply(stage);
-        multiply_back(last, i > 1);
-        wgmma_wait<2>(s);
-        form_p(stage, start);
-        wait_for(i);  // over already: a loop, behind which ptxas does not move the exponentials
+        multiply(i);
+        multiply_back(i - 1);
+        wgmma_wait<3>(s);
+        form_p(i);
         wgmma_wait<0>(dp);
         wgmma_wait<0>(dv);
         wgmma_wait<0>(dk);
-        arrive(shared.gone[last]);
-        form_ds(stage, start);
+        arrive(shared.gone[(used + i - 1) % QUERY_TILES]);
+        form_ds(i);
       }
-      multiply_back(stage, work.steps > 1);
+      multiply_back(work.steps - 1);
       wgmma_wait<0>(dv);
       wgmma_wait<0>(dk);
-      arrive(shared.gone[stage]);
       used += work.steps;
+      arrive(shared.gone[(used - 1) % QUERY_TILES]);
 
       const float factor = place.keys == 1 ? 0.0f : problem.scale;  // as above
       if (t == 0) tma_wait_read<0>();  // the last tile has left
