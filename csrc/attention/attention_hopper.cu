@@ -1,22 +1,36 @@
-// Attention's forward on Hopper at head size 64, bf16 and fp16: TMA brings the operands, wgmma multiplies them.
+// Attention on Hopper at head size 64, bf16 and fp16: TMA brings the operands, wgmma multiplies them. One kernel
+// forward and two backward.
 //
-//   formulas, lse: see attention.cu, whose backward this serves. Without dropout, batches of one length, scale > 0,
-//             and every query sees a key (diagonal >= 0).
+//   formulas, what is saved: see attention.cu. Without dropout, batches of one length, scale > 0, and every query
+//             sees a key (diagonal >= 0).
 //   source    Shah et al. 2024 (FlashAttention-3): specialised warps, and the next tile's scores formed while this
-//             one's values are summed. Not taken: turns of the warpgroups (ping-pong), and FP8.
-//   layout    (B, T, H, 64) views, strides in multiples of 16 bytes, that do not overlap; out is written the same way.
-//   moves     q once, out once, k and v once per tile of rows. 256 FLOPs a visible pair.
-//   work      a block of three warpgroups owns a multiprocessor and walks over tiles of 128 queries of a head, the
-//             longest first, and in every second round from the other end, which evens out what blocks have to do.
-//             One thread of the first warpgroup starts all copies: q for this tile and the next, k and v in one ring of
-//             tiles of 128 keys, which runs ahead into the next tile; its warpgroup gives its registers to the
-//             others. These have 64 queries each: S from shared memory, 64 accumulators a thread; softmax; P in
-//             registers is the left operand of P v, 32 accumulators. The tensor cores have P v of one tile of keys
-//             behind S of the next, whose softmax runs beside it. Only tiles at the diagonal or at the end are
-//             masked; those beyond the diagonal are not read.
+//             one's products are summed. Not taken: turns of the warpgroups (ping-pong), and FP8; and backward five
+//             products with dq summed by atomics, which gives other bits each time.
+//   layout    (B, T, H, 64) views, strides in multiples of 16 bytes, that do not overlap; results are written the
+//             same way.
+//   moves     forward reads q and writes out once, dq reads q, dout, out once and dk, dv read k, v once; each reads
+//             the other side once per tile of 128 rows. 256 FLOPs a visible pair forward, 896 backward (seven
+//             products: S and dP are computed twice).
+//   work      a block of three warpgroups owns a multiprocessor and walks over tiles of 128 queries of a head (for dk
+//             and dv: of keys), the longest first, and in every second round from the other end, which evens out
+//             what blocks have to do. One thread of the first warpgroup starts all copies; its warpgroup gives its
+//             registers to the others, which have 64 rows of the tile each. The other side comes through a ring of
+//             tiles, which runs ahead into the next round. Only tiles at the diagonal or at the end are masked;
+//             those beyond it are not read.
+//   forward   q for this tile and the next; k and v by turns, tiles of 128 keys. S from shared memory, 64
+//             accumulators a thread; softmax; P in registers is the left operand of P v, 32 accumulators. The tensor
+//             cores have P v of one tile of keys behind S of the next, whose softmax runs beside it.
+//   dq        q and dout for this tile and the next; k with v, tiles of 128 keys. S and dP from shared memory, 64
+//             accumulators each; dS in registers is the left operand of dS k. The tensor cores have dP, and dS k of
+//             the last tile, behind S, whose exponentials run beside them. delta is formed beside the first products,
+//             and written for dk and dv.
+//   dk, dv    k and v become left operands in registers; q with dout, tiles of 64 queries, and their lse and delta,
+//             which a second warp brings. S^T and dP^T, 32 accumulators each, become the left operands of P^T dout
+//             and dS^T q, which are one tile behind as in dq.
 //   shared    tiles in TMA's order (common/hopper.h). Keys and queries outside of the tensors are 0, as TMA fills
 //             them; it does not store them.
-//   rounds    as attention.cu: P to the inputs' dtype, sums in fp32. No sum crosses warpgroups: same inputs, same bits.
+//   rounds    as attention.cu: P and dS to the inputs' dtype, sums in fp32. No sum crosses warpgroups: same inputs,
+//             same bits.
 #include "attention/attention_cuda.h"
 #include "attention/attention_problem.h"
 #include "common/hopper.h"
@@ -63,6 +77,20 @@ __device__ __forceinline__ int tile_of_round(int round) {
   return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
+// By a warp that has read, or written, what the barrier tells of.
+__device__ __forceinline__ void warp_arrive(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % WARP == 0) barrier_arrive(barrier);
+}
+
+// Makes S of the keys that the thread's two queries do not see -infinity; `seen`: how many each sees.
+__device__ __forceinline__ void hide(float (&s)[KEYS / 2], int start, const int (&seen)[2]) {
+  const int column = start + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < KEYS / 2; ++i)
+    if (column + i / 4 * 8 + i % 2 >= seen[i / 2 % 2]) s[i] = -INFINITY;
+}
+
 // Accumulators, rounded, as left operands.
 template <class T, int N>
 __device__ __forceinline__ void as_left(uint32_t (&a)[N / 8][4], const float (&d)[N]) {
@@ -79,21 +107,16 @@ __device__ __forceinline__ void write_rows(T* tile, const float (&d)[SIZE / 2], 
         pack<T>(d[j] * factor[j / 2 % 2], d[j + 1] * factor[j / 2 % 2]);
 }
 
-// What a thread knows of its two queries, 8 rows apart.
+// What a thread of the forward knows of its two queries, 8 rows apart.
 template <class T>
 struct HopperSoftmax {
   float s[KEYS / 2];
   uint32_t p[KEYS / 16][4];
   float top[2], total[2], rescale[2];
 
-  // Turns the products of keys from `start` on into probabilities. `seen`: how many keys each query sees.
+  // Turns the products of keys from `start` on into probabilities.
   __device__ __forceinline__ void take(float scale, bool masked, int start, const int (&seen)[2]) {
-    if (masked) {
-      const int column = start + threadIdx.x % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < KEYS / 2; ++i)
-        if (column + i / 4 * 8 + i % 2 >= seen[i / 2 % 2]) s[i] = -INFINITY;
-    }
+    if (masked) hide(s, start, seen);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float now = -INFINITY;
@@ -115,6 +138,8 @@ struct HopperSoftmax {
 };
 
 #endif
+
+// ---- forward -------------------------------------------------------------------------------------------
 
 template <class T>
 __global__ void __launch_bounds__(HOPPER_THREADS, 1)
@@ -153,9 +178,6 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     const int part = threadIdx.x / WARPGROUP - 1, t = threadIdx.x % WARPGROUP, lane = t % WARP;
     const int own = t / WARP * 16 + lane / 4;  // row of the part
     const float scale = problem.scale * LOG2_E;
-    const auto arrive = [&](Barrier& barrier) {
-      if (lane == 0) barrier_arrive(barrier);
-    };
     unsigned used = 0;  // tiles of the ring before this round: k of step i is used + 2 i, v follows
     HopperSoftmax<T> row;
     float out[SIZE / 2];
@@ -194,7 +216,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
       barrier_wait(shared.q_come[round % 2], round / 2 % 2);
       multiply_q(come(0));
       wgmma_wait<0>(row.s);
-      arrive(shared.gone[used % STAGES]);
+      warp_arrive(shared.gone[used % STAGES]);
       row.take(scale, KEYS > whole, 0, seen);
       as_left<T>(row.p, row.s);
       const T* v = come(1);
@@ -202,16 +224,16 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         multiply_q(come(i));
         multiply_p(v, i > 2);
         wgmma_wait<1>(row.s);
-        arrive(shared.gone[(used + i) % STAGES]);
+        warp_arrive(shared.gone[(used + i) % STAGES]);
         row.take(scale, i / 2 * KEYS + KEYS > whole, i / 2 * KEYS, seen);
         v = come(i + 1);  // here: a loop, behind which ptxas does not move the softmax
         wgmma_wait<0>(out);
-        arrive(shared.gone[(used + i - 1) % STAGES]);
+        warp_arrive(shared.gone[(used + i - 1) % STAGES]);
 #pragma unroll
         for (int j = 0; j < SIZE / 2; ++j) out[j] *= row.rescale[j / 2 % 2];
         as_left<T>(row.p, row.s);
       }
-      arrive(shared.q_gone[round % 2]);
+      warp_arrive(shared.q_gone[round % 2]);
       multiply_p(v, last > 0);
       float factor[2];
 #pragma unroll
@@ -223,7 +245,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
           store_level(lse + place.lse + query, problem.lse_plane, row.top[half], sum);
       }
       wgmma_wait<0>(out);
-      arrive(shared.gone[(used + last + 1) % STAGES]);
+      warp_arrive(shared.gone[(used + last + 1) % STAGES]);
       used += last + 2;
 
       if (t == 0) tma_wait_read<0>();  // the last tile has left
@@ -313,10 +335,6 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     const int part = threadIdx.x / WARPGROUP - 1, t = threadIdx.x % WARPGROUP, lane = t % WARP;
     const int own = t / WARP * 16 + lane / 4;  // row of the part
     const float scale = problem.scale * LOG2_E;
-    const auto arrive = [&](Barrier& barrier) {
-      __syncwarp();
-      if (lane == 0) barrier_arrive(barrier);
-    };
     unsigned used = 0;  // pairs of tiles before this round
     float s[KEYS / 2], dp[KEYS / 2], dq[SIZE / 2];
     uint32_t ds[KEYS / 16][4];
@@ -367,12 +385,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         wgmma_commit();
       };
       const auto form_p = [&](int step) {  // in the place of S
-        if (step * KEYS + KEYS > whole) {
-          const int column = step * KEYS + lane % 4 * 2;
-#pragma unroll
-          for (int i = 0; i < KEYS / 2; ++i)
-            if (column + i / 4 * 8 + i % 2 >= seen[i / 2 % 2]) s[i] = -INFINITY;
-        }
+        if (step * KEYS + KEYS > whole) hide(s, step * KEYS, seen);
 #pragma unroll
         for (int i = 0; i < KEYS / 2; ++i) s[i] = exp2_fast(s[i] * scale - level[i / 2 % 2]);
         come(step);  // has: a loop, behind which ptxas does not move the exponentials
@@ -409,14 +422,14 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         form_p(i);
         wgmma_wait<0>(dp);
         wgmma_wait<0>(dq);
-        arrive(shared.gone[(used + i - 1) % PAIRS]);
+        warp_arrive(shared.gone[(used + i - 1) % PAIRS]);
         form_ds();
       }
-      arrive(shared.q_gone[round % 2]);
+      warp_arrive(shared.q_gone[round % 2]);
       multiply_ds(work.steps - 1);
       wgmma_wait<0>(dq);
       used += work.steps;
-      arrive(shared.gone[(used - 1) % PAIRS]);
+      warp_arrive(shared.gone[(used - 1) % PAIRS]);
 
       // With one key P is 1 and dS is 0, of which rounding would leave something.
       const float factor[2] = {seen[0] == 1 ? 0.0f : problem.scale, seen[1] == 1 ? 0.0f : problem.scale};
@@ -502,8 +515,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
             shared.level[stage][lane + half * WARP] = level[half];
             shared.delta[stage][lane + half * WARP] = delta[half];
           }
-          __syncwarp();
-          if (lane == 0) barrier_arrive(shared.come[stage]);
+          warp_arrive(shared.come[stage]);
         }
       }
     }
@@ -512,10 +524,6 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     const int part = threadIdx.x / WARPGROUP - 1, t = threadIdx.x % WARPGROUP;
     const int own = t / WARP * 16 + lane / 4, column = lane % 4 * 2;  // row of the part
     const float scale = problem.scale * LOG2_E;
-    const auto arrive = [&](Barrier& barrier) {
-      __syncwarp();
-      if (lane == 0) barrier_arrive(barrier);
-    };
     unsigned used = 0;  // tiles of queries before this round
     float s[QUERIES / 2], dp[QUERIES / 2], dk[SIZE / 2], dv[SIZE / 2];  // S and dP transposed
     uint32_t k[SIZE / 16][4], v[SIZE / 16][4], p[QUERIES / 16][4], ds[QUERIES / 16][4];
@@ -589,7 +597,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         ldmatrix(k[i], shared.k + at);
         ldmatrix(v[i], shared.v + at);
       }
-      arrive(shared.k_gone[0]);
+      warp_arrive(shared.k_gone[0]);
       multiply(0);
       wgmma_wait<1>(s);
       form_p(0);
@@ -603,14 +611,14 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         wgmma_wait<0>(dp);
         wgmma_wait<0>(dv);
         wgmma_wait<0>(dk);
-        arrive(shared.gone[(used + i - 1) % QUERY_TILES]);
+        warp_arrive(shared.gone[(used + i - 1) % QUERY_TILES]);
         form_ds(i);
       }
       multiply_back(work.steps - 1);
       wgmma_wait<0>(dv);
       wgmma_wait<0>(dk);
       used += work.steps;
-      arrive(shared.gone[(used - 1) % QUERY_TILES]);
+      warp_arrive(shared.gone[(used - 1) % QUERY_TILES]);
 
       const float factor = place.keys == 1 ? 0.0f : problem.scale;  // as above
       if (t == 0) tma_wait_read<0>();  // the last tile has left
