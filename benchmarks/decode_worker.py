@@ -23,6 +23,7 @@ from gpt2fast.decoding import Decoder, Weights
 from gpt2fast.generation import generate
 
 PROMPT = 64
+POSITIONS = 128  # room for the prompt and what test_decode asks for
 Run = Callable[[Tensor, int], object]  # run(prompt (B, T), new tokens)
 
 
@@ -31,86 +32,89 @@ def ours(model: GPT, weights: Weights) -> Run:
     return lambda idx, count: generate(decoder, idx, count, temperature=0)
 
 
-def torch_eager(model: GPT) -> Run:
-    """Plain torch: linear, layer_norm, scaled_dot_product_attention, a cache written in place."""
-    config, parts = model.config, model.transformer
-    size = config.n_embd // config.n_head
+Attend = Callable[
+    [int, Tensor, Tensor, Tensor], Tensor
+]  # layer, q, k, v (B, H, T, D) -> (B, H, T, D)
 
-    def step(idx: Tensor, caches: list[Tensor], start: int) -> Tensor:
-        batch, length = idx.shape
-        x = parts.wte.weight[idx] + parts.wpe.weight[start : start + length]
-        for block, cache in zip(parts.h, caches, strict=True):
-            y = F.layer_norm(x, (config.n_embd,), block.ln_1.weight, block.ln_1.bias)
-            qkv = F.linear(y, block.attn.c_attn.weight, block.attn.c_attn.bias)
-            q, k, v = qkv.view(batch, length, 3, config.n_head, size).permute(2, 0, 3, 1, 4)
-            cache[0, :, :, start : start + length], cache[1, :, :, start : start + length] = k, v
-            keys, values = cache[:, :, :, : start + length]
-            y = F.scaled_dot_product_attention(q, keys, values, is_causal=length > 1)
-            y = y.transpose(1, 2).reshape(batch, length, -1)
-            x = x + F.linear(y, block.attn.c_proj.weight, block.attn.c_proj.bias)
-            y = F.layer_norm(x, (config.n_embd,), block.ln_2.weight, block.ln_2.bias)
-            y = F.gelu(F.linear(y, block.mlp.c_fc.weight, block.mlp.c_fc.bias), approximate="tanh")
-            x = x + F.linear(y, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
-        x = F.layer_norm(x[:, -1], (config.n_embd,), parts.ln_f.weight, parts.ln_f.bias)
-        return F.linear(x, parts.wte.weight).argmax(-1, keepdim=True)
+
+def plain_step(model: GPT, idx: Tensor, position: Tensor, attend: Attend) -> Tensor:
+    """The most likely next token (B, 1) by plain torch; `attend` keeps the cache."""
+    config, parts = model.config, model.transformer
+    batch, length = idx.shape
+    x = F.embedding(idx, parts.wte.weight) + F.embedding(position, parts.wpe.weight)
+    for layer, block in enumerate(parts.h):
+        y = F.layer_norm(x, (config.n_embd,), block.ln_1.weight, block.ln_1.bias)
+        qkv = F.linear(y, block.attn.c_attn.weight, block.attn.c_attn.bias)
+        q, k, v = qkv.view(batch, length, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)
+        y = attend(layer, q, k, v).transpose(1, 2).reshape(batch, length, -1)
+        x = x + F.linear(y, block.attn.c_proj.weight, block.attn.c_proj.bias)
+        y = F.layer_norm(x, (config.n_embd,), block.ln_2.weight, block.ln_2.bias)
+        y = F.gelu(F.linear(y, block.mlp.c_fc.weight, block.mlp.c_fc.bias), approximate="tanh")
+        x = x + F.linear(y, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+    x = F.layer_norm(x[:, -1], (config.n_embd,), parts.ln_f.weight, parts.ln_f.bias)
+    return F.linear(x, parts.wte.weight).argmax(-1, keepdim=True)
+
+
+def new_caches(model: GPT, batch: int) -> list[Tensor]:
+    """By layer the keys and values, (2, B, H, POSITIONS, D)."""
+    config = model.config
+    shape = (2, batch, config.n_head, POSITIONS, config.n_embd // config.n_head)
+    return [torch.zeros(shape) for _ in range(config.n_layer)]
+
+
+def decode(step: Callable[[Tensor, Tensor], Tensor], idx: Tensor, count: int) -> None:
+    start = 0
+    for _ in range(count):
+        end = start + idx.shape[1]
+        idx, start = step(idx, torch.arange(start, end)), end
+
+
+def torch_eager(model: GPT) -> Run:
+    """The cache is written in place, and read as far as it is filled."""
 
     @torch.inference_mode()
     def run(idx: Tensor, count: int) -> None:
-        shape = (2, len(idx), config.n_head, PROMPT + count, size)
-        caches = [torch.empty(shape) for _ in parts.h]
-        start = 0
-        for _ in range(count):
-            idx, start = step(idx, caches, start), start + idx.shape[1]
+        caches = new_caches(model, len(idx))
+
+        def step(idx: Tensor, position: Tensor) -> Tensor:
+            start, end = int(position[0]), int(position[-1]) + 1
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                cache = caches[layer]
+                cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
+                keys, values = cache[:, :, :, :end]
+                return F.scaled_dot_product_attention(q, keys, values, is_causal=end - start > 1)
+
+            return plain_step(model, idx, position, attend)
+
+        decode(step, idx, count)
 
     return run
 
 
-class StaticCacheStep(torch.nn.Module):
-    """A step of plain torch for torch.compile: caches of a fixed length, a mask, positions as data."""
-
-    LENGTH = 128
-
-    def __init__(self, model: GPT) -> None:
-        super().__init__()
-        self.config, self.parts = model.config, model.transformer
-
-    def forward(self, idx: Tensor, position: Tensor, caches: list[Tensor]) -> Tensor:
-        config, parts = self.config, self.parts
-        batch, length = idx.shape
-        mask = torch.arange(self.LENGTH) <= position[:, None]
-        x = F.embedding(idx, parts.wte.weight) + F.embedding(position, parts.wpe.weight)
-        for block, cache in zip(parts.h, caches, strict=True):
-            y = F.layer_norm(x, (config.n_embd,), block.ln_1.weight, block.ln_1.bias)
-            qkv = F.linear(y, block.attn.c_attn.weight, block.attn.c_attn.bias)
-            q, k, v = qkv.view(batch, length, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)
-            cache[0].index_copy_(2, position, k)
-            cache[1].index_copy_(2, position, v)
-            y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
-            y = y.transpose(1, 2).reshape(batch, length, -1)
-            x = x + F.linear(y, block.attn.c_proj.weight, block.attn.c_proj.bias)
-            y = F.layer_norm(x, (config.n_embd,), block.ln_2.weight, block.ln_2.bias)
-            y = F.gelu(F.linear(y, block.mlp.c_fc.weight, block.mlp.c_fc.bias), approximate="tanh")
-            x = x + F.linear(y, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
-        x = F.layer_norm(x[:, -1], (config.n_embd,), parts.ln_f.weight, parts.ln_f.bias)
-        return F.linear(x, parts.wte.weight).argmax(-1, keepdim=True)
-
-
 def torch_compiled(model: GPT) -> Run:
-    """The static-cache step compiled for the prompt's shape and for one token a row."""
-    config = model.config
-    step = torch.compile(StaticCacheStep(model), dynamic=False)
+    """Caches of a fixed length, a mask, positions as data: compiled for the prompt's shape and for
+    one token a row."""
+
+    @torch.compile(dynamic=False)
+    def step(idx: Tensor, position: Tensor, caches: list[Tensor]) -> Tensor:
+        mask = torch.arange(POSITIONS) <= position[:, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = caches[layer]
+            keys.index_copy_(2, position, k)
+            values.index_copy_(2, position, v)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+        return plain_step(model, idx, position, attend)
+
     caches: list[Tensor] = []
 
     @torch.no_grad()
     def run(idx: Tensor, count: int) -> None:
         if not caches:
-            size = config.n_embd // config.n_head
-            shape = (2, len(idx), config.n_head, StaticCacheStep.LENGTH, size)
-            caches.extend(torch.zeros(shape) for _ in range(config.n_layer))
-        start = 0
-        for _ in range(count):
-            position = torch.arange(start, start + idx.shape[1])
-            idx, start = step(idx, position, caches), start + idx.shape[1]
+            caches.extend(new_caches(model, len(idx)))
+        decode(lambda idx, position: step(idx, position, caches), idx, count)
 
     return run
 
@@ -208,7 +212,7 @@ def llama_cpp(model: GPT, folder: str, weights: str, batch_size: int) -> Run:
     llama.llama_backend_init()
     loaded = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
     options = llama.llama_context_default_params()
-    options.n_ctx, options.n_seq_max = 128 * batch_size, batch_size
+    options.n_ctx, options.n_seq_max = POSITIONS * batch_size, batch_size
     options.n_batch = options.n_ubatch = PROMPT * batch_size
     options.n_threads = options.n_threads_batch = threads
     context = llama.llama_init_from_model(loaded, options)

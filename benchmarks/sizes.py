@@ -26,6 +26,7 @@ from benchmarks import (
     test_embedding,
     test_gelu,
     test_layer_norm,
+    test_linear,
 )
 from benchmarks.harness import OURS, Case, once
 from benchmarks.report import table
@@ -53,6 +54,7 @@ OPS: dict[str, tuple[Callable[[int], Case], int]] = {
     "add_layer_norm": (partial(test_layer_norm.case, True), 65536),
     "gelu": (test_gelu.gelu_case, 65536),
     "gelu_mlp": (test_gelu.mlp_case, 4096),
+    "linear": (test_linear.case, 4096),
     "attention": (attention, 16384),
     "embedding": (embedding, 65536),
     "cross_entropy": (test_cross_entropy.loss_case, 4096),

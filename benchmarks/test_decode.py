@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from benchmarks.conftest import report_to
+from benchmarks.decode_worker import POSITIONS, PROMPT
 from benchmarks.harness import GPU
 
 #: Bytes of a weight, and who decodes with such weights: the packages that they need.
@@ -29,7 +30,7 @@ VARIANTS = {
     "int8": (1, {"ctranslate2": "ctranslate2", "llama.cpp": "llama_cpp", "gpt2fast": "torch"}),
 }  # fmt: skip
 CASES = [(name, weights) for weights, (_, names) in VARIANTS.items() for name in names]
-NEW, ROUNDS = 64, 5
+NEW, ROUNDS = POSITIONS - PROMPT, 5
 WEIGHTS = 124_439_808
 
 pytestmark = pytest.mark.skipif(GPU, reason="the decoder is for CPUs")

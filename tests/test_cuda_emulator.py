@@ -3,6 +3,9 @@
 import itertools
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -31,15 +34,22 @@ FAULTS = {
 }
 
 
-def run(fault: str, count: int = 100, backwards: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    kernels = cuda_emulator.load()
-    x, y = torch.randn(count), torch.full((count,), torch.nan)
-    kernels.know([(t.data_ptr(), 4 * count, 4) for t in (x, y)])
+@contextmanager
+def emulated(*tensors: torch.Tensor, backwards: bool) -> Iterator[tuple[Any, list[int]]]:
+    """The emulator, which knows no other tensors and runs threads in either order; their addresses."""
+    kernels, addresses = cuda_emulator.load(), [tensor.data_ptr() for tensor in tensors]
+    kernels.know([(t.data_ptr(), t.nbytes, t.element_size()) for t in tensors])
     kernels.options(reversed=backwards)
     try:
-        kernels.fault(fault, x.data_ptr(), y.data_ptr(), count)
+        yield kernels, addresses
     finally:
         kernels.options()
+
+
+def run(fault: str, count: int = 100, backwards: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = torch.randn(count), torch.full((count,), torch.nan)
+    with emulated(x, y, backwards=backwards) as (kernels, addresses):
+        kernels.fault(fault, *addresses, count)
     return x, y
 
 
@@ -86,23 +96,11 @@ def product(
     backwards: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel and what PyTorch make of a (32, depth) times b (depth, 16)."""
-    kernels = cuda_emulator.load()
     a, b = torch.randn(32, depth).to(dtype), torch.randn(depth, 16).to(dtype)
     c = torch.full((32, 16), torch.nan)
     stored = (a.t().contiguous() if turned[0] else a, b if turned[1] else b.t().contiguous())
-    kernels.know([(t.data_ptr(), t.nbytes, t.element_size()) for t in (*stored, c)])
-    kernels.options(reversed=backwards)
-    try:
-        kernels.product_fault(
-            fault,
-            *(t.data_ptr() for t in (*stored, c)),
-            depth,
-            *turned,
-            plain,
-            DTYPE_CODES[dtype],
-        )
-    finally:
-        kernels.options()
+    with emulated(*stored, c, backwards=backwards) as (kernels, addresses):
+        kernels.product_fault(fault, *addresses, depth, *turned, plain, DTYPE_CODES[dtype])
     return c, a.double() @ b.double()
 
 
@@ -164,17 +162,11 @@ def hopper(
     backwards: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel and what PyTorch make of a (60, depth) times b (depth, 200)."""
-    kernels = cuda_emulator.load()
     a, b = torch.randn(60, depth).to(dtype), torch.randn(depth, 200).to(dtype)
     c = torch.full((60, 200), torch.nan, dtype=dtype)
-    tensors = (a, b if turned else b.t().contiguous(), c)
-    kernels.know([(t.data_ptr(), t.nbytes, t.element_size()) for t in tensors])
-    kernels.options(reversed=backwards)
-    try:
-        addresses = (t.data_ptr() for t in tensors)
+    stored = b if turned else b.t().contiguous()
+    with emulated(a, stored, c, backwards=backwards) as (kernels, addresses):
         kernels.hopper_fault(fault, *addresses, 60, 200, depth, turned, DTYPE_CODES[dtype])
-    finally:
-        kernels.options()
     return c, a.double() @ b.double()
 
 
@@ -213,16 +205,10 @@ def left(
     fault: str = "", dtype: torch.dtype = torch.bfloat16, rows: int = 64, backwards: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel and what PyTorch make of a (64, rows) times part of b (2, rows, 3, 64)."""
-    kernels = cuda_emulator.load()
     a, b = torch.randn(64, 64).to(dtype), torch.randn(2, rows, 3, 64).to(dtype)
     c = torch.full((64, 64), torch.nan)
-    kernels.know([(t.data_ptr(), t.nbytes, t.element_size()) for t in (a, b, c)])
-    kernels.options(reversed=backwards)
-    try:
-        addresses = (t.data_ptr() for t in (a, b, c))
+    with emulated(a, b, c, backwards=backwards) as (kernels, addresses):
         kernels.left_fault(fault, *addresses, rows, DTYPE_CODES[dtype])
-    finally:
-        kernels.options()
     return c, a[:, :rows].double() @ b[1, :, 1].double()
 
 

@@ -2,7 +2,8 @@
 // that do not start on 16 bytes. Right, not fast: products on the FMA units from shared memory, tiles loaded
 // element by element and without overlap. Formulas and layout as in attention.cu; besides
 //   precision  P keeps fp32. The backward takes lse with its rounding error and forms each score by the forward's
-//              chain of multiply-adds, to the bit: at scores of 1e4 another order of additions would show.
+//              chain of multiply-adds, to the bit: at scores of 1e4 another order of additions would show. An eighth
+//              product takes out of dq what delta's rounding does to it (see dq_fma_kernel).
 //   work       256 threads have ROWS queries (forward, dq) or keys (dk, dv) of a head and walk over as many keys or
 //              queries at a time. Thread (x, y) of 16 x 16 has rows y + 16 m and columns x + 16 n of the scores, and of
 //              the results rows y + 16 m and four neighbours in each 64 columns. A tile of any head size is 16 KB.
@@ -200,14 +201,13 @@ __global__ void __launch_bounds__(FMA_THREADS)
   }
 }
 
-// P, dropped out but for its factor, and dS of one pair. delta is not summed as dP is, so dP - delta leaves
-// rounding where P is 1 and the other keys weigh nothing: there dS is 0.
+// P, before dropout, and dS of one pair. delta is not summed as dP is, so dP - delta leaves rounding where P is 1
+// and the other keys weigh nothing: there dS is 0.
 __device__ __forceinline__ void slopes(float& p, float& ds, float score, float dp, float level, float rest, float delta,
                                        bool seen, bool kept, const Problem& problem) {
   p = seen ? exp2f(score * (problem.scale * LOG2_E) - level - rest) : 0.0f;
   if (problem.seed) dp = kept ? dp * problem.factor : 0.0f;
   ds = p == 1 ? 0.0f : p * (dp - delta);
-  if (problem.seed && !kept) p = 0;
 }
 
 template <class T, int M>
@@ -243,8 +243,12 @@ __global__ void __launch_bounds__(FMA_THREADS)
     rest[m] = real ? tensors.lse[place_of_row + problem.lse_plane] : 0.0f;
     if (problem.seed) mask[m] = RowDropout(*problem.seed, place.b, place.h, begin + row);
   }
-  typename F::Result dq;
+  // sum(dS) is 0 but for delta's rounding, which a part that all keys share would multiply: it is summed, and so is
+  // the mean key P k, with which it is taken out of dq.
+  typename F::Result dq, mean;
   F::clear(dq);
+  F::clear(mean);
+  float rounding[M] = {};
   const int end = clamp(begin + F::ROWS + place.diagonal, place.keys);
   for (int start = 0; start < end; start += F::ROWS) {
     const i64 k_row = place.k_first + start;
@@ -264,12 +268,20 @@ __global__ void __launch_bounds__(FMA_THREADS)
         slopes(p, ds, score[m][n], dp[m][n], level[m], rest[m], delta[m],
                column < place.keys && column <= row + place.diagonal, mask[m].kept(column, problem.threshold), problem);
         score[m][n] = ds;
+        dp[m][n] = p == 1 ? 0.0f : p;  // where dS is 0 the sum is no rounding
+        rounding[m] += ds;
       }
     F::add_product(dq, score, shared.ds, shared.k);
+    F::add_product(mean, dp, shared.ds, shared.k);
   }
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const int row = y + SIDE * m;
+    const float sum = row_sum(rounding[m]);
+#pragma unroll
+    for (int part = 0; part < F::PARTS; ++part)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) dq[m][part][j] -= sum * mean[m][part][j];
     if (row < count)
       F::store(tensors.dq.at(place.b, place.h, q_row + row), dq, m, problem.scale, problem.size);
   }
@@ -317,10 +329,10 @@ __global__ void __launch_bounds__(FMA_THREADS)
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         const int row = begin + y + SIDE * m;
+        const bool kept = mask.kept(row, problem.threshold);
         float p, ds;
-        slopes(p, ds, score[m][n], dp[m][n], level, rest, delta, row <= column + place.diagonal,
-               mask.kept(row, problem.threshold), problem);
-        score[m][n] = p;
+        slopes(p, ds, score[m][n], dp[m][n], level, rest, delta, row <= column + place.diagonal, kept, problem);
+        score[m][n] = problem.seed && !kept ? 0.0f : p;
         dp[m][n] = ds;
       }
     }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2fast.ecosystem import cut_cross_entropy, flash_attn, liger
-from tests.ops.numerics import assert_accurate
+from tests.ops.numerics import assert_accurate, compare
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
@@ -393,29 +393,38 @@ def test_layer_norm_gives_its_dropout_mask(
     assert other is None
     assert len(found) == 1 + prenorm
     assert all(map(torch.equal, found, without if prenorm else [without]))
-    kept = x if scale is None else x * scale[..., None]
     if dropout:
         assert (mask.shape, mask.dtype) == (x.shape, torch.bool)
         # four standard deviations of the mean of 3600 throws
         assert (
             abs(mask.double().mean() - (1 - dropout)) <= 4 * (dropout * (1 - dropout) / 3600) ** 0.5
         )
-        kept = kept.masked_fill(~mask, 0.0) / (1 - dropout) if dropout < 1 else 0 * kept
     else:
         assert mask is None
-    total = kept + inputs.get("residual", 0)
-    expected = [F.layer_norm(total, (24,), weight, bias, 1e-6), total][: len(found)]
-    upstream = [torch.randn_like(e) for e in expected]
-    for theirs, ours in zip(expected, found, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    if dropout == 1.0 and residual != "given":
-        return  # rows of zeros: the gradient is 0 times 1 / sqrt(eps)
-    gradients = (
-        torch.autograd.grad(outputs, list(inputs.values()), upstream)
-        for outputs in (found, expected)
-    )
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    def plain(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs, and the gradients of all inputs, with the mask that was thrown."""
+        leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.items()}
+        kept = leaves["x"] if scale is None else leaves["x"] * scale[..., None].to(dtype)
+        if dropout:
+            kept = kept.masked_fill(~mask, 0.0) / (1 - dropout) if dropout < 1 else 0 * kept
+        total = kept + leaves["residual"] if residual == "given" else kept
+        y = F.layer_norm(total, (24,), leaves["weight"], leaves["bias"], 1e-6)
+        outputs = [y, total][: len(found)]
+        gradients = torch.autograd.grad(
+            outputs, list(leaves.values()), [part.to(dtype) for part in upstream]
+        )
+        return outputs, list(gradients)
+
+    upstream = [torch.randn(3, 50, 24) for _ in found]
+    ours = found, list(torch.autograd.grad(found, list(inputs.values()), upstream))
+    # rows of zeros have the gradient 0 times 1 / sqrt(eps): there only the outputs are compared
+    kinds = 1 if dropout == 1.0 and residual != "given" else 2
+    for measured, expected, truth in list(
+        zip(ours, plain(torch.float32), plain(torch.float64), strict=True)
+    )[:kinds]:
+        for place, parts in enumerate(zip(measured, expected, truth, strict=True)):
+            compare(f"{residual}, {place}", *parts)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

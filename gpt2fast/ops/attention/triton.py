@@ -12,7 +12,8 @@ moves     forward reads q once and writes out once, reads k and v once per row t
           dout, out once and k, v once per row tile for dq, k, v once and q, dout once per key tile for
           dk and dv: tiles of one head run close together, so that what is read again lies in L2.
           Of D operations a visible pair: 4 forward, 14 backward (seven products: S and dP are computed
-          twice; five would need dq summed by atomics, in a different order each time).
+          twice; five would need dq summed by atomics, in a different order each time). fp32 takes
+          an eighth, for the mean key (see _gather).
 work      forward, dq: a program has ROWS queries of a head and walks over the keys they see, first the
           blocks seen by all of them, without a mask, then those on the diagonal or at the end.
           dk, dv: a program has ROWS keys and walks over the queries that see them, the diagonal first;
@@ -325,7 +326,7 @@ def _slopes(
     s, dp, level, rest, delta, scale, seen, kept, factor,
     EXACT: tl.constexpr, EDGE: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """P, dropped out but for its factor, and dS from scores and dP; all broadcast.
+    """P, P dropped out but for its factor, and dS from scores and dP; all broadcast.
 
     delta is not summed as dP is, so dP - delta leaves rounding where P is 1 and the other keys weigh
     nothing: there dS is 0. EXACT (fp32, where lse's own rounding shows too) and EDGE (blocks in which
@@ -342,14 +343,17 @@ def _slopes(
     ds = p * (dp - delta)
     if EXACT or EDGE:
         ds = tl.where(p == 1.0, 0.0, ds)
+    dropped = p
     if DROPOUT:
-        p = tl.where(kept, p, 0.0)
-    return p, ds
+        dropped = tl.where(kept, p, 0.0)
+    return p, dropped, ds
 
 
 @triton.jit
 def _gather(
     dq,
+    mean,
+    rest_of_delta,
     q,
     dout,
     k,
@@ -378,7 +382,11 @@ def _gather(
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds what keys begin to end give to dq; k and v point at key `begin`."""
+    """Adds what keys begin to end give to dq; k and v point at key `begin`.
+
+    sum(dS) is 0 but for delta's rounding, which a part that all keys share would multiply: EXACT sums
+    it, and the mean key sum(P k), with which it is taken out of dq.
+    """
     for start in range(begin, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         keys_here = _load(k, k_t, keys - start, COLUMNS, SIZE, WIDTH, MASKED)
@@ -391,14 +399,18 @@ def _gather(
         kept = seen
         if DROPOUT:
             kept = kept_mask(first[:, None], second[:, None], column[None, :], threshold)
-        _, ds = _slopes(
+        p, _, ds = _slopes(
             s, dp, level[:, None], rest[:, None], delta[:, None], scale, seen, kept, factor,
             EXACT, MASKED, MASKED, DROPOUT,
         )  # fmt: skip
         dq = tl.dot(ds.to(keys_here.dtype), keys_here, dq, input_precision=PRECISION)
+        if EXACT:
+            rest_of_delta += tl.sum(ds, 1)
+            p = tl.where(p == 1.0, 0.0, p)  # dS is 0 there, and the sum no rounding
+            mean = tl.dot(p, keys_here, mean, input_precision=PRECISION)
         k += COLUMNS * k_t
         v += COLUMNS * v_t
-    return dq
+    return dq, mean, rest_of_delta
 
 
 @triton.jit
@@ -505,23 +517,26 @@ def _dq_kernel(
     else:
         first, second = row, row
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    mean, rest_of_delta = acc, tl.zeros((ROWS,), tl.float32)
     end, whole = keys, keys // COLUMNS * COLUMNS
     if CAUSAL:
         end = tl.minimum(tl.maximum(begin + ROWS + diagonal, 0), keys)
         seen_by_all = tl.minimum(tl.maximum(begin + diagonal + 1, 0), keys)
         whole = seen_by_all // COLUMNS * COLUMNS
-    acc = _gather(
-        acc, queries_here, dout_here, k, v, k_t, v_t, row, 0, whole, keys, diagonal, level, rest,
-        delta_here, log2_scale, factor, first, second, threshold, False, CAUSAL, seed is not None,
-        EXACT, COLUMNS, SIZE, WIDTH, PRECISION,
+    acc, mean, rest_of_delta = _gather(
+        acc, mean, rest_of_delta, queries_here, dout_here, k, v, k_t, v_t, row, 0, whole, keys,
+        diagonal, level, rest, delta_here, log2_scale, factor, first, second, threshold, False, CAUSAL,
+        seed is not None, EXACT, COLUMNS, SIZE, WIDTH, PRECISION,
     )  # fmt: skip
     k += whole.to(tl.int64) * k_t
     v += whole.to(tl.int64) * v_t
-    acc = _gather(
-        acc, queries_here, dout_here, k, v, k_t, v_t, row, whole, end, keys, diagonal, level, rest,
-        delta_here, log2_scale, factor, first, second, threshold, True, CAUSAL, seed is not None,
-        EXACT, COLUMNS, SIZE, WIDTH, PRECISION,
+    acc, mean, rest_of_delta = _gather(
+        acc, mean, rest_of_delta, queries_here, dout_here, k, v, k_t, v_t, row, whole, end, keys,
+        diagonal, level, rest, delta_here, log2_scale, factor, first, second, threshold, True, CAUSAL,
+        seed is not None, EXACT, COLUMNS, SIZE, WIDTH, PRECISION,
     )  # fmt: skip
+    if EXACT:
+        acc -= rest_of_delta[:, None] * mean
     _store(dq + q_first * dq_t, dq_t, count, acc * scale, ROWS, SIZE, WIDTH)
 
 
@@ -583,7 +598,7 @@ def _scatter(
         if DROPOUT:
             one, two = row_words(first, second, column)
             kept = kept_mask(one[None, :], two[None, :], row[:, None], threshold)
-        p, ds = _slopes(
+        _, p, ds = _slopes(
             s, dp, level[None, :], rest[None, :], delta_here[None, :], scale, seen, kept, factor,
             EXACT, MASKED or PARTIAL, MASKED, DROPOUT,
         )  # fmt: skip
