@@ -531,6 +531,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
       const KeyWork work(problem, schedule, tile);
       const Place& place = work.place;
       const int first = work.begin + part * PART;
+      // 1 where the first tile sees keys of the other part only.
+      const int skipped = work.steps > 1 && work.first + QUERIES - 1 + place.diagonal < first;
       const auto come = [&](int i) {
         barrier_wait(shared.come[(used + i) % QUERY_TILES], (used + i) / QUERY_TILES % 2);
         return (used + i) % QUERY_TILES;
@@ -551,12 +553,12 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < QUERIES; i += 16)
-          wgmma<T, true>(dv, p[i / 16], wgmma_operand(shared.dout[stage] + i * SIZE), step > 0 || i > 0);
+          wgmma<T, true>(dv, p[i / 16], wgmma_operand(shared.dout[stage] + i * SIZE), step > skipped || i > 0);
         wgmma_commit();
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < QUERIES; i += 16)
-          wgmma<T, true>(dk, ds[i / 16], wgmma_operand(shared.q[stage] + i * SIZE), step > 0 || i > 0);
+          wgmma<T, true>(dk, ds[i / 16], wgmma_operand(shared.q[stage] + i * SIZE), step > skipped || i > 0);
         wgmma_commit();
       };
       const auto form_p = [&](int step) {  // in the place of S
@@ -598,12 +600,13 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         ldmatrix(v[i], shared.v + at);
       }
       warp_arrive(shared.k_gone[0]);
-      multiply(0);
+      if (skipped) warp_arrive(shared.gone[come(0)]);
+      multiply(skipped);
       wgmma_wait<1>(s);
-      form_p(0);
+      form_p(skipped);
       wgmma_wait<0>(dp);
-      form_ds(0);
-      for (int i = 1; i < work.steps; ++i) {  // S and dP of this step, dk and dv of the last one
+      form_ds(skipped);
+      for (int i = skipped + 1; i < work.steps; ++i) {  // S and dP of this step, dk and dv of the last one
         multiply(i);
         multiply_back(i - 1);
         wgmma_wait<3>(s);
