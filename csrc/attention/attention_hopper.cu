@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 
 // ---- backward ------------------------------------------------------------------------------------------
 
-constexpr int PAIRS = 4;                    // dq: tiles of k with those of v
+constexpr int PAIRS = 4;                      // dq: tiles of k with those of v
 constexpr int QUERIES = 64, QUERY_TILES = 8;  // dk and dv: so many at a time, of q with those of dout
 
 template <class T>

@@ -660,7 +660,8 @@ def test_cuda_on_hopper(
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "causal"), [(3, 130, True), (70, 300, True), (130, 5, False)]
+    ("queries", "keys", "causal"),
+    [(3, 129, True), (3, 130, True), (70, 300, True), (130, 5, False)],
 )
 def test_cuda_on_hopper_queries_and_keys(
     on_hopper: list[str], queries: int, keys: int, causal: bool
@@ -738,25 +739,25 @@ def test_cuda_on_hopper_hard_inputs(on_hopper: list[str], causal: bool) -> None:
 
 
 def test_cuda_on_hopper_gradients_that_are_zero(on_hopper: list[str]) -> None:
-    """Of keys that no query sees, in tiles with others and without; of a query with one key."""
-    upstream = torch.randn(1, 70, 2, 64)
+    """Of keys that no query sees, in tiles with others and without; of queries with one key."""
 
-    def gradients(keys: int) -> list[torch.Tensor]:
-        inputs = [t.bfloat16() for t in qkv_inputs(1, 70, keys, 2, 64).values()]
+    def gradients(queries: int, keys: int) -> list[torch.Tensor]:
+        inputs = [t.bfloat16() for t in qkv_inputs(1, queries, keys, 2, 64).values()]
         leaves = [t.to(device_of("cuda")).requires_grad_() for t in inputs]
         q, k, v = (t.transpose(1, 2) for t in leaves)
         with gpt2fast.use_backend("cuda"):
             out = scaled_dot_product_attention(q, k, v, is_causal=keys > 1).transpose(1, 2)
-        return list(torch.autograd.grad(out, leaves, upstream.to(out)))
+        return list(torch.autograd.grad(out, leaves, torch.randn(out.shape).to(out)))
 
-    dq, dk, dv = gradients(300)
-    for zero, rest in (dq.split([1, 69], 1), *(t.split([70, 230], 1)[::-1] for t in (dk, dv))):
+    dq, dk, dv = gradients(64, 300)
+    for zero, rest in (dq.split([1, 63], 1), *(t.split([64, 236], 1)[::-1] for t in (dk, dv))):
         assert not zero.any()
         assert rest.any(-1).all()
-    dq, dk, dv = gradients(1)
-    assert not torch.cat((dq, dk), 1).any()
-    assert dv.all()
-    assert on_hopper == HOPPER * 2
+    for queries, keys in ((70, 1), (1, 9)):
+        dq, dk, dv = gradients(queries, keys)
+        assert not torch.cat((dq, dk, dv[:, 1:]), 1).any()
+        assert dv[:, 0].all()
+    assert on_hopper == HOPPER * 3
 
 
 @pytest.mark.parametrize("causal", [True, False])
