@@ -661,7 +661,7 @@ def test_cuda_on_hopper(
 
 @pytest.mark.parametrize(
     ("queries", "keys", "causal"),
-    [(3, 129, True), (3, 130, True), (70, 300, True), (130, 5, False)],
+    [(3, 130, True), (70, 300, True), (130, 5, False)],
 )
 def test_cuda_on_hopper_queries_and_keys(
     on_hopper: list[str], queries: int, keys: int, causal: bool
@@ -738,11 +738,39 @@ def test_cuda_on_hopper_hard_inputs(on_hopper: list[str], causal: bool) -> None:
     assert on_hopper == HOPPER * 2
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(3, 129), (3, 130), (66, 67), (130, 130)])
+def test_cuda_on_hopper_masks(on_hopper: list[str], queries: int, keys: int) -> None:
+    """One query with an upstream gradient: which keys get one, and whether a key adds to its own.
+
+    A head for each query at an edge of tiles, and in it one key that is not 0: its last, or the next.
+    """
+    edges = [i for i in (0, 63, 64, 127, 128) if queries - keys < i < queries]
+    places = [
+        (i, j) for i in edges for j in (i + keys - queries, i + keys - queries + 1) if j < keys
+    ]
+    q, k, v = qkv_inputs(1, queries, keys, len(places), 64).values()
+    upstream, expected = torch.zeros_like(q), torch.zeros(3, max(queries, keys), len(places)).bool()
+    shown = torch.zeros(1, keys, len(places), 1)
+    for head, (i, j) in enumerate(places):
+        upstream[0, i, head] = torch.randn(64)
+        shown[0, j, head] = 1
+        seen = i + keys - queries + 1
+        expected[0, i, head] = j < seen
+        expected[1:, :seen, head] = True
+    leaves = [t.bfloat16().to(device_of("cuda")).requires_grad_() for t in (q, k * shown, v)]
+    with gpt2fast.use_backend("cuda"):
+        out = flash_attn_func(*leaves, causal=True)
+    gradients = torch.autograd.grad(out, leaves, upstream.to(out))
+    for gradient, where in zip(gradients, expected, strict=True):
+        assert torch.equal(gradient[0].any(-1).cpu(), where[: gradient.shape[1]])
+    assert on_hopper == HOPPER
+
+
 def test_cuda_on_hopper_gradients_that_are_zero(on_hopper: list[str]) -> None:
     """Of keys that no query sees, in tiles with others and without; of queries with one key."""
 
     def gradients(queries: int, keys: int) -> list[torch.Tensor]:
-        inputs = [t.bfloat16() for t in qkv_inputs(1, queries, keys, 2, 64).values()]
+        inputs = [t.bfloat16() for t in qkv_inputs(1, queries, keys, 6, 64).values()]
         leaves = [t.to(device_of("cuda")).requires_grad_() for t in inputs]
         q, k, v = (t.transpose(1, 2) for t in leaves)
         with gpt2fast.use_backend("cuda"):
