@@ -37,6 +37,9 @@ OPS = (
     "adamw",
 )
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Elements of an op's fp32 input from which on a kernel of ours on a CPU is worth its call, which costs
+#: more than that of PyTorch's own op (benchmarks/NOTES.md). Not in a graph, whose sizes may be symbols.
+SMALL = {"layer_norm": 3 << 16, "gelu": 1 << 13}
 #: Measurements of GPUs: which backend is the fastest for an op.
 SELECTED = Path(__file__).parent / "ops" / "selected"
 
@@ -309,8 +312,10 @@ def _device_of(name: str) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
-def choose(tensor: torch.Tensor, op: str = "") -> str:
+def choose(tensor: torch.Tensor, op: str = "", native: bool = True) -> str:
     """The backend for `op` on its main input `tensor`; without `op` that of most.
+
+    `native`: PyTorch has the op itself, for which SMALL inputs are left to it.
 
     Raises:
         BackendUnavailable: the forced backend cannot run here or not on this device.
@@ -322,6 +327,9 @@ def choose(tensor: torch.Tensor, op: str = "") -> str:
             return "reference"
         if torch.compiler.is_compiling():  # a look at the cache would be a guard, which fails later
             return _choose_for(device, op)
+        left = native and device == "cpu" and tensor.dtype == torch.float32
+        if left and tensor.numel() < SMALL.get(op, 0):
+            return "reference"
         key = device, op
         if key not in _automatic:
             _automatic[key] = _choose_for(device, op)

@@ -92,3 +92,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_take_small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests have small models and mean our kernels."""
+    monkeypatch.setattr(backends, "SMALL", {})

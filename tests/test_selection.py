@@ -1,4 +1,5 @@
-"""Which backend an op gets on a GPU: the measured one, else Triton, else CUDA, else the reference."""
+"""Which backend an op gets. On a GPU: the measured one, else Triton, else CUDA, else the reference.
+On a CPU: the C++ kernels, but for inputs so small that PyTorch's own op is done sooner."""
 
 import json
 from collections.abc import Callable
@@ -6,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.select import choices
-from gpt2fast import backends
-from gpt2fast.backends import Status
+from gpt2fast import backends, use_backend
+from gpt2fast.backends import Status, choose
+from gpt2fast.functional import layer_norm
 
 GPU = "NVIDIA H200"
 
@@ -44,6 +47,21 @@ def test_what_cannot_run_is_passed_over(on_gpu: Callable[..., Callable[[str], st
     assert on_gpu(("cuda",), {})("layer_norm") == "cuda"
     with pytest.warns(UserWarning, match="slow PyTorch reference: gone; gone"):
         assert on_gpu((), {})("layer_norm") == "reference"
+
+
+@pytest.mark.skipif(not backends.status("cpu").available, reason=backends.status("cpu").detail)
+def test_small_inputs_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "SMALL", {"layer_norm": 24})
+    few, enough = torch.randn(1, 23), torch.randn(1, 24)
+    assert choose(few, "layer_norm") == "reference"
+    assert torch.equal(layer_norm(few), F.layer_norm(few, (23,)))
+    for tensor, op in ((enough, "layer_norm"), (few, "gelu"), (few.bfloat16(), "layer_norm")):
+        assert choose(tensor, op) == "cpu"
+    assert choose(few, "layer_norm", native=False) == "cpu"
+    with use_backend("cpu"):
+        assert choose(few, "layer_norm") == "cpu"
+    graph = torch.compile(layer_norm, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(graph(few), layer_norm(few))
 
 
 def test_choices_from_a_run() -> None:

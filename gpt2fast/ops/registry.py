@@ -46,11 +46,25 @@ def call(op: Callable[..., Any], tensor: torch.Tensor, *rest: Any) -> Any:
     return (_implementations[id(op)] if is_plain(tensor, *rest) else op)(tensor, *rest)
 
 
+class _NoBackward:
+    """A Function's ctx where no backward pass will come: it keeps nothing alive."""
+
+    def save_for_backward(self, *_: Any) -> None:
+        pass
+
+    mark_non_differentiable = set_materialize_grads = save_for_backward
+
+
 def apply(function: type[torch.autograd.Function], tensor: torch.Tensor, *rest: Any) -> Any:
-    """``function.apply(tensor, *rest)``, without what that does in Python for torch.func: 10 us."""
-    if is_plain(tensor, *rest):
-        return super(torch.autograd.Function, function).apply(tensor, *rest)  # type: ignore[misc]
-    return function.apply(tensor, *rest)
+    """``function.apply(tensor, *rest)``, without what that does in Python for torch.func: 10 us;
+    where nothing asks for a gradient, ``function.forward`` by itself: 10 us more."""
+    if not is_plain(tensor, *rest):
+        return function.apply(tensor, *rest)
+    if torch.is_grad_enabled():
+        for argument in (tensor, *rest):
+            if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                return super(torch.autograd.Function, function).apply(tensor, *rest)  # type: ignore[misc]
+    return function.forward(_NoBackward(), tensor, *rest)
 
 
 _transforms_active = torch._C._are_functorch_transforms_active

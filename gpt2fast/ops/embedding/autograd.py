@@ -85,7 +85,7 @@ class Embedding(torch.autograd.Function):
         dwte, dwpe = call(embedding_backward, dy, idx, vocabulary, *ctx.places, *needs, ctx.backend)
         if sparse:
             shape = (ctx.vocabulary, dy.shape[2])
-            dwte = torch.sparse_coo_tensor(
-                tokens[None], dwte, shape, check_invariants=False, is_coalesced=True
-            )
+            # as an argument it does not keep torch 2.11 from warning
+            with torch.sparse.check_sparse_tensor_invariants(enable=False):
+                dwte = torch.sparse_coo_tensor(tokens[None], dwte, shape, is_coalesced=True)
         return None, dwte, dwpe, None, None, None

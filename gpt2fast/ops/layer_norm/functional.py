@@ -94,7 +94,7 @@ def add_layer_norm(
     x, residual = distinct(x, residual)
     check_dropout(dropout_p)
     seed = dropout_seed(dropout_p, x.device)
-    backend = choose(x, "layer_norm")
+    backend = choose(x, "layer_norm", native=seed is None)
     options = (weight, bias, eps, dropout_p, seed)
     if backend == "reference":
         return reference.add_layer_norm(x, residual, *options)

@@ -8,7 +8,10 @@ from gpt2fast.ops.attention.reference import dropout_mask
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
-    weight, bias = (p if p is None else p.to(x.dtype) for p in (weight, bias))
+    if weight is not None and weight.dtype != x.dtype:  # .to() takes a microsecond for nothing, too
+        weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
