@@ -41,7 +41,7 @@ namespace attention {
 
 constexpr int SIZE = TILE_COLUMNS, PART = 64, CONSUMERS = 2, ROWS = CONSUMERS * PART, KEYS = 128;
 constexpr int STAGES = 8;  // tiles of k and of v, by turns
-constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP, HOPPER_THREADS = (1 + CONSUMERS) * WARPGROUP;
+constexpr int HOPPER_THREADS = (1 + CONSUMERS) * WARPGROUP;
 
 template <class T>
 struct alignas(1024) HopperShared {
@@ -60,7 +60,7 @@ template <int N>
 __device__ __forceinline__ void ring_init(Barrier (&come)[N], Barrier (&gone)[N], int writers = 1) {
   for (int i = 0; i < N; ++i) {
     barrier_init(come[i], writers);
-    barrier_init(gone[i], CONSUMER_WARPS);
+    barrier_init(gone[i], CONSUMERS * WARPGROUP / WARP);
   }
 }
 
