@@ -134,7 +134,7 @@ HOPPER_FAULTS = {
     "too many bytes": "deadlock: a thread waits for a barrier's phase",
     "no release": "deadlock: a thread waits for a barrier's phase",
     "early release": "write of what a product or a copy under way reads|race: write of what",
-    "arrived twice": "more arrivals than the barrier counts|race: write of what thread",
+    "arrived twice": "arrival of a thread that need not know the phase of its last one to be over",
     "early result": "accumulators touched before their product was waited for",
     "uncommitted": "accumulators touched before|thread that ends before its products|under way",
     "no product fence": "product without a fence after its accumulators were touched",

@@ -31,6 +31,15 @@ void attention_hopper_forward(uintptr_t q, int64_t q_b, int64_t q_t, int64_t q_h
                               uintptr_t out, int64_t out_b, int64_t out_t, int64_t out_h, uintptr_t lse,
                               int64_t batch, int64_t heads, int64_t queries, int64_t keys, bool causal,
                               int64_t diagonal, double scale, int dtype, int64_t processors, uintptr_t stream);
+// The same backward: queries > 0; delta, (batch, heads, queries), is room for the kernels.
+void attention_hopper_backward(uintptr_t dout, int64_t dout_b, int64_t dout_t, int64_t dout_h, uintptr_t q,
+                               int64_t q_b, int64_t q_t, int64_t q_h, uintptr_t k, int64_t k_b, int64_t k_t,
+                               int64_t k_h, uintptr_t v, int64_t v_b, int64_t v_t, int64_t v_h, uintptr_t out,
+                               int64_t out_b, int64_t out_t, int64_t out_h, uintptr_t dq, int64_t dq_b, int64_t dq_t,
+                               int64_t dq_h, uintptr_t dk, int64_t dk_b, int64_t dk_t, int64_t dk_h, uintptr_t dv,
+                               int64_t dv_b, int64_t dv_t, int64_t dv_h, uintptr_t lse, uintptr_t delta,
+                               int64_t batch, int64_t heads, int64_t queries, int64_t keys, bool causal,
+                               int64_t diagonal, double scale, int dtype, int64_t processors, uintptr_t stream);
 
 }  // namespace cuda
 }  // namespace gpt2fast

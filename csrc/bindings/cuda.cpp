@@ -35,6 +35,7 @@ PYBIND11_MODULE(_cuda, module) {
   BIND(attention_forward);
   BIND(attention_backward);
   BIND(attention_hopper_forward);
+  BIND(attention_hopper_backward);
   BIND(gelu_product_forward);
   BIND(gelu_product_backward);
   BIND(gelu_product_hopper_forward);

@@ -20,7 +20,8 @@
 //   - to read what has not arrived, or has with no wait for its barrier's phase; copies arrive as late as can be;
 //   - to give a product or a copy what a thread wrote without its fence between proxies;
 //   - to use an operand that does not lie in tiles of 128 swizzled bytes, a barrier before its initialisation is
-//     known, more arrivals or bytes than its phase expects; to wait for a phase that never ends;
+//     known, more arrivals or bytes than its phase expects; to arrive twice where it need not be in two phases; to
+//     wait for a phase that never ends;
 //   - to end with a product or a copy under way.
 // Operands are read where their descriptors say, with the swizzle, so that a wrong layout gives wrong numbers.
 //

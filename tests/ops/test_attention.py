@@ -623,16 +623,16 @@ def test_nothing_is_written_outside(
     assert all(torch.equal(margin, torch.full_like(margin, -77.0)) for margin in margins)
 
 
-# ---- the CUDA forward on wgmma and TMA ----------------------------------------------------------
+# ---- the CUDA kernels on wgmma and TMA ----------------------------------------------------------
 
 
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The CUDA forward on wgmma and TMA; lists the launches of attention."""
+    """The CUDA kernels on wgmma and TMA; lists the launches of attention."""
     return cuda_emulator.launches_on_hopper("attention", monkeypatch)
 
 
-HOPPER = ["attention_hopper_forward", "attention_backward"]
+HOPPER = ["attention_hopper_forward", "attention_hopper_backward"]
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -660,7 +660,8 @@ def test_cuda_on_hopper(
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "causal"), [(3, 130, True), (70, 300, True), (130, 5, False)]
+    ("queries", "keys", "causal"),
+    [(3, 130, True), (70, 300, True), (130, 5, False)],
 )
 def test_cuda_on_hopper_queries_and_keys(
     on_hopper: list[str], queries: int, keys: int, causal: bool
@@ -681,13 +682,15 @@ def test_cuda_on_hopper_queries_and_keys(
 
 
 def test_cuda_on_hopper_long_ring(on_hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tiles of keys than the ring has, in one round and over rounds: every phase; several
-    blocks, some of which have no tile in the last round."""
-    check(qkv_inputs(1, 1, 1100, 3, 64), True, dtype=torch.bfloat16, wanted=[], backend="cuda")
+    """More tiles of keys, and of queries, than the rings have, in one round and over rounds: every
+    phase; several blocks, some of which have no tile in the last round."""
+    bf16 = {"dtype": torch.bfloat16, "backend": "cuda"}
+    check(qkv_inputs(1, 1, 1100, 3, 64), True, **bf16)
+    check(qkv_inputs(1, 1100, 1, 2, 64), False, **bf16)
     if backends.cuda_kernels().emulated:
         monkeypatch.setattr(backends.load("attention", "cuda"), "processors_of", lambda _: 5)
-    check(qkv_inputs(4, 1, 9, 3, 64), True, dtype=torch.bfloat16, wanted=[], backend="cuda")
-    assert on_hopper == HOPPER[:1] * 2
+    check(qkv_inputs(4, 1, 9, 3, 64), True, **bf16)
+    assert on_hopper == HOPPER * 3
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -722,6 +725,90 @@ def test_cuda_on_hopper_lse(on_hopper: list[str], causal: bool) -> None:
     assert found[1].any()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_cuda_on_hopper_hard_inputs(on_hopper: list[str], causal: bool) -> None:
+    """A peaked softmax; scores so far below 0 that P of a key past the last would be infinite."""
+    inputs = qkv_inputs(2, 200, 200, 1, 64)
+    inputs["q"] *= 100
+    check(inputs, causal, dtype=torch.bfloat16, backend="cuda")
+    shift = torch.randn(64)
+    inputs = {name: value + (8 * shift if name != "v" else 0) for name, value in inputs.items()}
+    inputs["k"] = -inputs["k"]
+    check(inputs, causal, dtype=torch.bfloat16, backend="cuda", upstream_scale=1e3)
+    assert on_hopper == HOPPER * 2
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 129), (3, 130), (66, 67), (130, 130)])
+def test_cuda_on_hopper_masks(on_hopper: list[str], queries: int, keys: int) -> None:
+    """One query with an upstream gradient: which keys get one, and whether a key adds to its own.
+
+    A head for each query at an edge of tiles, and in it one key that is not 0: its last, or the next.
+    """
+    edges = [i for i in (0, 63, 64, 127, 128) if queries - keys < i < queries]
+    places = [
+        (i, j) for i in edges for j in (i + keys - queries, i + keys - queries + 1) if j < keys
+    ]
+    q, k, v = qkv_inputs(1, queries, keys, len(places), 64).values()
+    upstream, expected = torch.zeros_like(q), torch.zeros(3, max(queries, keys), len(places)).bool()
+    shown = torch.zeros(1, keys, len(places), 1)
+    for head, (i, j) in enumerate(places):
+        upstream[0, i, head] = torch.randn(64)
+        shown[0, j, head] = 1
+        seen = i + keys - queries + 1
+        expected[0, i, head] = j < seen
+        expected[1:, :seen, head] = True
+    leaves = [t.bfloat16().to(device_of("cuda")).requires_grad_() for t in (q, k * shown, v)]
+    with gpt2fast.use_backend("cuda"):
+        out = flash_attn_func(*leaves, causal=True)
+    gradients = torch.autograd.grad(out, leaves, upstream.to(out))
+    for gradient, where in zip(gradients, expected, strict=True):
+        assert torch.equal(gradient[0].any(-1).cpu(), where[: gradient.shape[1]])
+    assert on_hopper == HOPPER
+
+
+def test_cuda_on_hopper_gradients_that_are_zero(on_hopper: list[str]) -> None:
+    """Of keys that no query sees, in tiles with others and without; of queries with one key."""
+
+    def gradients(queries: int, keys: int) -> list[torch.Tensor]:
+        inputs = [t.bfloat16() for t in qkv_inputs(1, queries, keys, 6, 64).values()]
+        leaves = [t.to(device_of("cuda")).requires_grad_() for t in inputs]
+        q, k, v = (t.transpose(1, 2) for t in leaves)
+        with gpt2fast.use_backend("cuda"):
+            out = scaled_dot_product_attention(q, k, v, is_causal=keys > 1).transpose(1, 2)
+        return list(torch.autograd.grad(out, leaves, torch.randn(out.shape).to(out)))
+
+    dq, dk, dv = gradients(64, 300)
+    for zero, rest in (dq.split([1, 63], 1), *(t.split([64, 236], 1)[::-1] for t in (dk, dv))):
+        assert not zero.any()
+        assert rest.any(-1).all()
+    for queries, keys in ((70, 1), (1, 9)):
+        dq, dk, dv = gradients(queries, keys)
+        assert not torch.cat((dq, dk, dv[:, 1:]), 1).any()
+        assert dv[:, 0].all()
+    assert on_hopper == HOPPER * 3
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cuda_on_hopper_same_gradients_in_any_order(on_hopper: list[str], causal: bool) -> None:
+    """The same bits in any order of threads, in views of a packed gradient, whose rest stays."""
+    device, kernels = device_of("cuda"), backends.cuda_kernels()
+    q, k, v, dout = torch.randn(4, 2, 150, 2, 64, dtype=torch.bfloat16, device=device)
+    options = (0 if causal else None, 0.125, 0.0, None)
+    backend, runs = backends.load("attention", "cuda"), []
+    out, lse = backend.forward(q, k, v, *options)
+    for backwards in (False, True):
+        if kernels.emulated:
+            kernels.options(reversed=backwards)
+        packed = torch.full((2, 150, 5, 2, 64), 7.0, dtype=torch.bfloat16, device=device)
+        backend.backward(dout, q, k, v, out, lse, *packed.unbind(2)[1:4], *options)
+        if kernels.emulated:
+            kernels.options()
+        runs.append(packed)
+        assert (packed[:, :, ::4] == 7).all()
+    assert torch.equal(*runs)
+    assert on_hopper == [*HOPPER, HOPPER[1]]
+
+
 def test_cuda_on_hopper_what_it_does_not_take(on_hopper: list[str]) -> None:
     """Dropout, other head sizes, fp32, scales that are not positive, queries without keys, heads that
     overlap and rows that begin anywhere stay with the other kernels."""
@@ -747,6 +834,13 @@ def test_cuda_on_hopper_what_it_does_not_take(on_hopper: list[str]) -> None:
             **bf16,
         )
     assert on_hopper == ["attention_forward"] * 9
+    on_hopper.clear()
+    inputs = [t.bfloat16().requires_grad_() for t in qkv_inputs(1, 9, 9, 2, 64).values()]
+    with gpt2fast.use_backend("cuda"):
+        out = flash_attn_func(*(t.to(device_of("cuda")) for t in inputs))
+        row = torch.randn(64).to(out)
+        torch.autograd.grad(out, inputs, row.expand(out.shape))  # rows that overlap
+    assert on_hopper == [HOPPER[0], "attention_backward"]
 
 
 def test_compiles(backend: str) -> None:

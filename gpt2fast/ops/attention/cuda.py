@@ -1,8 +1,8 @@
 """Attention on the CUDA kernels (csrc/attention).
 
 attention.cu serves bf16 and fp16 on tensor cores, attention_fma.cu what it does not take; the C++
-chooses. attention_hopper.cu (wgmma and TMA) has the forward pass at head size 64 on Hopper; its
-backward pass is attention.cu's.
+chooses. attention_hopper.cu (wgmma and TMA) serves head size 64 on Hopper, without dropout and not
+for documents. Each pass chooses for itself: what is saved between them is the same.
 """
 
 from typing import Any
@@ -68,20 +68,31 @@ def _suits_tma(t: Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and all(s % 8 == 0 and s >= HOPPER_SIZE for s in t.stride()[:3])
 
 
-def _on_hopper(
-    q: Tensor, k: Tensor, v: Tensor, diagonal: int | None, scale: float, dropout_p: float
-) -> bool:
-    """Whether the forward pass is attention_hopper.cu's: every query sees a key, too."""
-    return (
+def _hopper_options(
+    views: tuple[Tensor, ...],
+    queries: int,
+    keys: int,
+    diagonal: int | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Any, ...] | None:
+    """What attention_hopper.cu takes after the tensors; None where it does not serve: every query
+    must see a key, too."""
+    q = views[0]
+    if not (
         is_hopper(q)
         and q.dtype != torch.float32
         and q.shape[3] == HOPPER_SIZE
-        and k.shape[1] > 0
+        and queries > 0
+        and keys > 0
         and (diagonal is None or diagonal >= 0)
         and scale > 0
         and dropout_p == 0
-        and all(_suits_tma(t) for t in (q, k, v))
-    )
+        and all(_suits_tma(t) for t in views)
+    ):
+        return None
+    sizes = (q.shape[0], q.shape[2], queries, keys, diagonal is not None, diagonal or 0)
+    return (*sizes, scale, DTYPE_CODES[q.dtype], processors_of(q))
 
 
 def forward(
@@ -100,13 +111,12 @@ def forward(
     batch, queries, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((2, batch, heads, queries), dtype=torch.float32)
-    if _on_hopper(q, k, v, diagonal, scale, dropout_p):
-        sizes = (batch, heads, queries, k.shape[1], diagonal is not None, diagonal or 0)
-        options = (scale, DTYPE_CODES[q.dtype], processors_of(q))
-        launch("attention_hopper_forward", *_views(q, k, v, out), lse, *sizes, *options)
+    views = (q, k, v, out)
+    if options := _hopper_options(views, queries, k.shape[1], diagonal, scale, dropout_p):
+        launch("attention_hopper_forward", *_views(*views), lse, *options)
         return out, lse
     problem = _problem(q, None, queries, k.shape[1], diagonal, scale, dropout_p, seed)
-    launch("attention_forward", *_views(q, k, v, out), lse, *problem)
+    launch("attention_forward", *_views(*views), lse, *problem)
     return out, lse
 
 
@@ -126,8 +136,13 @@ def backward(
     seed: Tensor | None,
 ) -> None:
     """Writes the gradients into dq, dk, dv: (B, T, H, D) views with contiguous D, as the inputs."""
-    problem = _problem(q, None, q.shape[1], k.shape[1], diagonal, scale, dropout_p, seed)
-    _run_backward((dout, q, k, v, out, dq, dk, dv), lse, problem)
+    views, lengths = (dout, q, k, v, out, dq, dk, dv), (q.shape[1], k.shape[1])
+    if options := _hopper_options(views, *lengths, diagonal, scale, dropout_p):
+        delta = torch.empty_like(lse[0])
+        launch("attention_hopper_backward", *_views(*views), lse, delta, *options)
+        return
+    problem = _problem(q, None, *lengths, diagonal, scale, dropout_p, seed)
+    _run_backward(views, lse, problem)
 
 
 def varlen_forward(
