@@ -91,6 +91,7 @@ def compiled(source: Path, arch: str) -> Path:
             "-std=c++17",
             "-O3",
             "--extended-lambda",
+            "-fmad=false",
             f"-I{CSRC}",
             "-cubin",
             f"-arch=sm_{arch}",

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulated"
 COMMON = ["-std=c++17", "-fPIC", "-g", "-DGPT2FAST_EMULATED", f"-I{CSRC}", "-fno-strict-aliasing"]
-#: The sanitizer's instrumentation without its library: loads and stores report to emulator.cpp.
+#: The sanitizer's instrumentation without its library: loads and stores report to emulator.cpp. No
+#: multiply-add is fused but by fmaf, as in the build (cmake/cuda.cmake).
 KERNEL = ["-x", "c++", "-O1", "-fsanitize=thread", "-ffp-contract=off", "-w"]
 FLAGS = {".cu": KERNEL, "emulator.cpp": ["-O2", "-Wall", "-Wextra"], "cuda.cpp": ["-O0", "-w"]}
 

@@ -179,7 +179,7 @@ __device__ __forceinline__ void attend(Softmax<WIDTH, S::M>& softmax, const uint
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const float p = exp2_fast(s[m][n][i] * scale - now);
+          const float p = exp2_fast(MASKED ? s[m][n][i] * scale - now : fmaf(s[m][n][i], scale, -now));
           total += p;
           s[m][n][i] = p;
           if (DROPOUT && !softmax.mask[m][half].kept(column + 8 * n + i % 2, problem.threshold)) s[m][n][i] = 0;
@@ -287,11 +287,12 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
 // ---- backward ------------------------------------------------------------------------------------------
 
 // P, dropped out but for its factor, and dS of one pair. delta is not summed as dP is, so dP - delta leaves
-// rounding where P is 1, in tiles in which a query may see one key only (EDGE): there dS is 0.
+// rounding where P is 1, in tiles in which a query may see one key only (EDGE): there dS is 0. For P to be 1 to the
+// bit, such tiles round the product of score and scale, as the forward did.
 template <bool EDGE, bool DROPOUT>
 __device__ __forceinline__ void slopes(float& p, float& ds, float score, float dp, float level, float delta, bool seen,
                                        bool kept, float scale, const Problem& problem) {
-  p = exp2_fast(score * scale - level);
+  p = exp2_fast(EDGE ? score * scale - level : fmaf(score, scale, -level));
   if (EDGE && !seen) p = 0;
   if (DROPOUT) dp = kept ? dp * problem.factor : 0.0f;
   ds = EDGE && p == 1 ? 0.0f : p * (dp - delta);

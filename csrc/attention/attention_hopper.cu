@@ -130,7 +130,7 @@ struct HopperSoftmax {
       for (int i = 2 * half; i < KEYS / 2; i += 4)
 #pragma unroll
         for (int e = i; e < i + 2; ++e) {
-          s[e] = exp2_fast(s[e] * scale - now);
+          s[e] = exp2_fast(fmaf(s[e], scale, -now));
           total[half] += s[e];
         }
     }
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
       const auto form_p = [&](int step) {  // in the place of S
         if (step * KEYS + KEYS > whole) hide(s, step * KEYS, seen);
 #pragma unroll
-        for (int i = 0; i < KEYS / 2; ++i) s[i] = exp2_fast(s[i] * scale - level[i / 2 % 2]);
+        for (int i = 0; i < KEYS / 2; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -level[i / 2 % 2]));
         come(step);  // has: a loop, behind which ptxas does not move the exponentials
       };
       const auto form_ds = [&] {
@@ -574,7 +574,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         for (int j = 0; j < QUERIES / 2; j += 4) {
           const auto level = load_vector<false, Vector<float, 2>>(&shared.level[stage][2 * j + column]);
 #pragma unroll
-          for (int i = j; i < j + 4; ++i) s[i] = exp2_fast(s[i] * scale - level.at[i % 2]);
+          for (int i = j; i < j + 4; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -level.at[i % 2]));
         }
         come(step);  // has: a loop, behind which ptxas does not move the exponentials
       };

@@ -10,9 +10,9 @@ namespace cuda {
 __device__ __forceinline__ float gelu_and_slope(float z, float& slope) {
   z = z < -10.0f ? -10.0f : z;
   const float low = z > 16.0f ? 16.0f : z, square = low * low;
-  const float e = exp2_fast(low * (-2.302208198144325f - 0.1029432395800235f * square));  // -2 u / ln 2
+  const float e = exp2_fast(low * fmaf(-0.1029432395800235f, square, -2.302208198144325f));  // -2 u / ln 2
   const float s = reciprocal(1 + e);
-  slope = s + s * (low * (e * s)) * (1.5957691216057308f + 0.21406444881780073f * square);  // 1 - s = e s
+  slope = fmaf(s * (low * (e * s)), fmaf(0.21406444881780073f, square, 1.5957691216057308f), s);  // 1 - s = e s
   return z * s;
 }
 

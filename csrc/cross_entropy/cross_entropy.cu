@@ -110,11 +110,11 @@ template <class T, int V, int THREADS, bool KEPT>
 __device__ __forceinline__ void write_row(const T* z, const Vector<T, V>* kept, T* out, i64 target,
                                           const Layout<T, V>& layout, const Factors& f, const Options& o) {
   const int t = threadIdx.x, edge = layout.edge(t);
-  if (edge >= 0) out[edge] = from_float<T>(exp_fast(to_float(z[edge]) - f.most) * f.scale - f.rest);
+  if (edge >= 0) out[edge] = from_float<T>(fmaf(exp_fast(to_float(z[edge]) - f.most), f.scale, -f.rest));
   const auto turned = [&](const Vector<T, V>& x) {
     Vector<T, V> g;
 #pragma unroll
-    for (int j = 0; j < V; ++j) g.at[j] = from_float<T>(exp_fast(to_float(x.at[j]) - f.most) * f.scale - f.rest);
+    for (int j = 0; j < V; ++j) g.at[j] = from_float<T>(fmaf(exp_fast(to_float(x.at[j]) - f.most), f.scale, -f.rest));
     return g;
   };
   int k = t;

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<WARPS>* WARP)
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const float d = to_float(s[i].at[j]) - center;
-        sum += d * d;
+        sum = fmaf(d, d, sum);
       }
   const float scale = 1 / sqrtf(block_sum<WARPS>(sum, shared.third) / columns + eps);
   if (lane == 0) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<WARPS>* WARP)
     load_parameter<T>(bias, c, 0.0f, b);
     Vector<T, V> out;
 #pragma unroll
-    for (int j = 0; j < V; ++j) out.at[j] = from_float<T>((to_float(s[i].at[j]) - center) * scale * w[j] + b[j]);
+    for (int j = 0; j < V; ++j) out.at[j] = from_float<T>(fmaf((to_float(s[i].at[j]) - center) * scale, w[j], b[j]));
     store_vector(y + row * columns + c, out);
   }
 }
@@ -173,10 +173,10 @@ __global__ void __launch_bounds__(BLOCK_WARPS<WARPS>* WARP, BACKWARD_BLOCKS<T, N
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const float d = to_float(g[i].at[j]), xhat = (to_float(s[i].at[j]) - center) * scale;
-        dw[i][j] += d * xhat;
+        dw[i][j] = fmaf(d, xhat, dw[i][j]);
         db[i][j] += d;
         level += d * w[j];
-        along += d * w[j] * xhat;
+        along = fmaf(d * w[j], xhat, along);
       }
     }
     if (!dx) continue;
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<WARPS>* WARP, BACKWARD_BLOCKS<T, N
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const float xhat = (to_float(s[i].at[j]) - center) * scale;
-        float d = (to_float(g[i].at[j]) * w[j] - level - xhat * along) * scale;
+        float d = fmaf(-xhat, along, to_float(g[i].at[j]) * w[j] - level) * scale;
         if (dsum) d += to_float(add[i].at[j]);
         out.at[j] = from_float<T>(d);
       }
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(STREAM_THREADS)
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const float d = to_float(v.at[j]) - center;
-      sum += d * d;
+      sum = fmaf(d, d, sum);
     }
   }
   const float scale = 1 / sqrtf(block_sum<STREAM_WARPS>(sum, shared.rooms[2]) / columns + eps);
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(STREAM_THREADS)
     load_parameter<T>(bias, c, 0.0f, b);
     Vector<T, V> out;
 #pragma unroll
-    for (int j = 0; j < V; ++j) out.at[j] = from_float<T>((to_float(v.at[j]) - center) * scale * w[j] + b[j]);
+    for (int j = 0; j < V; ++j) out.at[j] = from_float<T>(fmaf((to_float(v.at[j]) - center) * scale, w[j], b[j]));
     store_vector(y + row * columns + c, out);
   }
 }
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(STREAM_THREADS)
     for (int j = 0; j < V; ++j) {
       const float d = to_float(g.at[j]) * w[j];
       level += d;
-      along += d * ((to_float(s.at[j]) - center) * scale);
+      along = fmaf(d, (to_float(s.at[j]) - center) * scale, along);
     }
   }
   level = block_sum<STREAM_WARPS>(level, shared.rooms[0]) / columns;
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(STREAM_THREADS)
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const float xhat = (to_float(s.at[j]) - center) * scale;
-      float d = (to_float(g.at[j]) * w[j] - level - xhat * along) * scale;
+      float d = fmaf(-xhat, along, to_float(g.at[j]) * w[j] - level) * scale;
       if (dsum) d += to_float(add.at[j]);
       out.at[j] = from_float<T>(d);
     }

@@ -217,6 +217,18 @@ def reciprocal(x):
 
 
 @triton.jit
+def product(x, y):
+    """x * y of fp32, rounded by itself. The compiler fuses a product with a sum that follows, and
+    differences that are 0 by their rounding (one key, one column) are not then."""
+    if _COMPILED:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x * y
+
+
+@triton.jit
 def gelu_and_slope(z):
     """Tanh-GELU of fp32 z and its derivative; what the caller does not use is not computed.
 

@@ -42,6 +42,7 @@ from gpt2fast.ops.triton_common import (
     kept_mask,
     launch,
     power_of_two,
+    product,
     row_words,
     target_of,
     tuned,
@@ -181,11 +182,13 @@ def _attend(
         column = start + tl.arange(0, COLUMNS)
         keys_here = _load(k, k_t, keys - start, COLUMNS, SIZE, WIDTH, MASKED)
         s = tl.dot(q, tl.trans(keys_here), input_precision=PRECISION)
-        if MASKED:
-            seen = (column < keys)[None, :]
-            if CAUSAL:
-                seen = seen & (column[None, :] <= row[:, None] + diagonal)
-            s = tl.where(seen, s * scale, float("-inf"))
+        if MASKED or q.dtype == tl.float32:  # so that backward finds P = 1, see _slopes
+            s = product(s, scale)
+            if MASKED:
+                seen = (column < keys)[None, :]
+                if CAUSAL:
+                    seen = seen & (column[None, :] <= row[:, None] + diagonal)
+                s = tl.where(seen, s, float("-inf"))
             now = tl.maximum(tl.maximum(top, tl.max(s, 1)), -1e38)
             p = tl.exp2(s - now[:, None])
         else:
@@ -330,11 +333,15 @@ def _slopes(
 
     delta is not summed as dP is, so dP - delta leaves rounding where P is 1 and the other keys weigh
     nothing: there dS is 0. EXACT (fp32, where lse's own rounding shows too) and EDGE (blocks in which
-    a query may see one key only) look for that; elsewhere half precision rounds more.
+    a query may see one key only) look for that, and round the product of score and scale as the
+    forward did; elsewhere half precision rounds more.
     """
-    p = s * scale - level
     if EXACT:
-        p = p - rest
+        p = product(s, scale) - level - rest
+    elif EDGE:
+        p = product(s, scale) - level
+    else:
+        p = s * scale - level
     if MASKED:
         p = tl.where(seen, p, float("-inf"))
     p = tl.exp2(p)

@@ -29,6 +29,7 @@ from gpt2fast.ops.triton_common import (
     kept_mask,
     launch,
     power_of_two,
+    product,
     row_words,
     sum_partials,
     target_of,
@@ -185,7 +186,7 @@ def _backward_kernel(
             dbias += tl.sum(g, 0)
         if dx is not None:
             if weight is not None:
-                g *= w
+                g = product(g, w)
             along = tl.sum(g * xhat, 1) / columns
             level = tl.sum(g, 1) / columns
             out = (g - level[:, None] - xhat * along[:, None]) * scale[:, None]
