@@ -1,8 +1,8 @@
 """Matrix products in fp32 on the C++ kernel (csrc/linear/linear_cpu.cpp), where it beats the BLAS.
 
-Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): 1.3 to 1.5 times MKL's rate at 64
-rows, 1.1 to 1.2 at 256, 1.02 to 1.1 from 1024 on. On Intel's CPUs MKL is at home, and other builds of
-PyTorch have other libraries: there PyTorch's product is taken.
+Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): 1.2 to 1.4 times MKL's rate at 64
+rows, 1.1 to 1.2 at 256, level from 1024 on. On Intel's CPUs MKL is at home, and other builds of PyTorch
+have other libraries: there PyTorch's product is taken.
 """
 
 import functools
