@@ -65,6 +65,12 @@ class Case:
     forward: tuple[float, float]
     backward: tuple[float, float] | None  # None: the op has no gradient
 
+    @property
+    def elements(self) -> int:
+        """Of the main input, by which a backend is chosen: the first of floating point."""
+        tensors = (t for t in self.inputs.values() if isinstance(t, Tensor))
+        return next((t.numel() for t in tensors if t.is_floating_point()), 0)
+
     def cost(self, direction: str) -> tuple[float, float]:
         """(bytes, FLOPs) of a direction."""
         if direction == "forward":
@@ -93,6 +99,7 @@ class Measured:
             "op": self.case.op,
             "label": self.case.label,
             "direction": direction,
+            "elements": self.case.elements,
             "bytes": moved,
             "flops": flops,
             "compute_bound": flops / self.ceilings[1] > moved / self.ceilings[0],

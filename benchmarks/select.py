@@ -1,9 +1,10 @@
-"""Chooses the backend of each op on a GPU, from a run of the benchmarks on it.
+"""Chooses the backend of each op and size on a GPU, from a run of the benchmarks on it.
 
     python -m benchmarks.select device-results/ops/benchmarks.json --gpu "NVIDIA H200" [--write]
 
 An op's backend is the one whose forward and backward together take the least time, in the geometric
-mean over the run's shapes. --write puts the choice where gpt2fast.backends finds it.
+mean over the run's shapes of a size class (backends.size_class of the main input's elements). --write
+puts the choice where gpt2fast.backends finds it.
 """
 
 import argparse
@@ -13,16 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from gpt2fast.backends import OPS, SELECTED
+from gpt2fast.backends import OPS, SELECTED, size_class
 
 OURS = "gpt2fast "
 #: Ops whose benchmark has another name than the op that is chosen by it.
-SAME = {"add_layer_norm": "layer_norm", "flash_attn_varlen": "attention"}
+SAME = {
+    "add_layer_norm": "layer_norm",
+    "adamw with clipping": "adamw",
+    "flash_attn_varlen": "attention",
+}
 
 
-def choices(rows: list[dict[str, Any]], measured: str) -> dict[str, dict[str, str]]:
-    """By op: the backend, why, and where that was measured; ops with one backend are left out."""
-    times: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
+def choices(rows: list[dict[str, Any]], measured: str) -> dict[str, dict[str, dict[str, str]]]:
+    """By op and size class: the backend, why, and where that was measured; those with one backend are
+    left out."""
+    times: dict[tuple[str, str], dict[tuple[str, str], dict[str, float]]] = {}
     for row in rows:
         op = SAME.get(row["op"], row["op"])
         whole = (
@@ -32,10 +38,11 @@ def choices(rows: list[dict[str, Any]], measured: str) -> dict[str, dict[str, st
             continue
         if row["direction"] != (whole or row["direction"]):
             continue
-        case = times.setdefault(op, {}).setdefault((row["op"], row["label"]), {})
+        cases = times.setdefault((op, str(size_class(row["elements"]))), {})
+        case = cases.setdefault((row["op"], row["label"]), {})
         case[row["variant"].removeprefix(OURS)] = row["median"]
-    found = {}
-    for op, cases in times.items():
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for (op, size), cases in times.items():
         names = sorted(set.intersection(*(set(case) for case in cases.values())))
         if len(names) < 2:
             continue
@@ -44,7 +51,7 @@ def choices(rows: list[dict[str, Any]], measured: str) -> dict[str, dict[str, st
         }
         first, second, *_ = sorted(names, key=mean.__getitem__)
         why = f"{mean[second] / mean[first]:.2f}x {second} over {len(cases)} shapes"
-        found[op] = {"backend": first, "why": why, "measured": measured}
+        found.setdefault(op, {})[size] = {"backend": first, "why": why, "measured": measured}
     return found
 
 

@@ -232,7 +232,7 @@ def _checked(name: str) -> str:
 # Process-wide, as torch.set_num_threads is. A plain global, so that torch.compile guards on it.
 # The environment variable is checked at first use: import never fails.
 _forced: str | None = os.environ.get("GPT2FAST_BACKEND") or None
-_automatic: dict[tuple[str, str], str] = {}
+_automatic: dict[tuple[str, str, int | None], str] = {}
 _checked_names: set[str] = set()
 
 
@@ -265,9 +265,15 @@ def gpu_file(index: int = 0) -> str:
     return torch.cuda.get_device_name(index).replace(" ", "-").lower() + ".json"
 
 
+def size_class(elements: int) -> int:
+    """The class of inputs with so many elements: a power of 16."""
+    return elements.bit_length() // 4
+
+
 @functools.cache
-def selected() -> dict[str, dict[str, Any]]:
-    """By op, the backend measured as the fastest on this kind of GPU, with the measurement.
+def selected() -> dict[str, dict[str, dict[str, str]]]:
+    """By op and size class, the backend measured as the fastest on this kind of GPU, why, and where
+    that was measured.
 
     benchmarks/select.py writes it; empty where this GPU was not measured: then Triton is the default.
     """
@@ -278,12 +284,16 @@ def selected() -> dict[str, dict[str, Any]]:
 
 
 @torch.compiler.assume_constant_result
-def _choose_for(device_type: str, op: str) -> str:
+def _choose_for(device_type: str, op: str, size: int | None = None) -> str:
+    """The backend for inputs of a size class; None: of the largest that was measured."""
     wanted = {"cpu": ["cpu"], "cuda": ["triton", "cuda"]}.get(device_type)
     if wanted is None:
         return "reference"
-    if device_type == "cuda" and op in selected():
-        wanted.insert(0, selected()[op]["backend"])
+    if device_type == "cuda" and (measured := selected().get(op)):
+        nearest = max(measured, key=int)
+        if size is not None:
+            nearest = min(measured, key=lambda other: abs(int(other) - size))
+        wanted.insert(0, measured[nearest]["backend"])
     for name in wanted:
         if status(name).available:
             return name
@@ -330,9 +340,9 @@ def choose(tensor: torch.Tensor, op: str = "", native: bool = True) -> str:
         left = native and device == "cpu" and tensor.dtype == torch.float32
         if left and tensor.numel() < SMALL.get(op, 0):
             return "reference"
-        key = device, op
+        key = device, op, size_class(tensor.numel()) if device == "cuda" else None
         if key not in _automatic:
-            _automatic[key] = _choose_for(device, op)
+            _automatic[key] = _choose_for(*key)
         return _automatic[key]
     if forced == "reference":
         return forced

@@ -18,32 +18,50 @@ GPU = "NVIDIA H200"
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Callable[[str], str]]:
+def on_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Callable[..., str]]:
     """on_gpu(available, measured): the choice on a GPU with these backends and measurements."""
 
     uncached = backends.selected.__wrapped__
 
-    def make(available: tuple[str, ...], measured: dict[str, str]) -> Callable[[str], str]:
-        table = {op: {"backend": name} for op, name in measured.items()}
+    def make(available: tuple[str, ...], measured: dict[str, dict[str, str]]) -> Callable[..., str]:
+        table = {
+            op: {size: {"backend": name} for size, name in sizes.items()}
+            for op, sizes in measured.items()
+        }
         (tmp_path / "nvidia-h200.json").write_text(json.dumps(table))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: GPU)
         monkeypatch.setattr(backends, "SELECTED", tmp_path)
         monkeypatch.setattr(backends, "selected", uncached)
         monkeypatch.setattr(backends, "status", lambda name: Status(name in available, "gone"))
-        return lambda op: backends._choose_for("cuda", op)
+        return lambda op, size=None: backends._choose_for("cuda", op, size)
 
     return make
 
 
-def test_the_measured_backend_is_chosen(on_gpu: Callable[..., Callable[[str], str]]) -> None:
-    choose = on_gpu(("triton", "cuda"), {"layer_norm": "cuda"})
+def test_the_measured_backend_is_chosen(on_gpu: Callable[..., Callable[..., str]]) -> None:
+    choose = on_gpu(("triton", "cuda"), {"layer_norm": {"4": "cuda"}})
     assert choose("layer_norm") == "cuda"
     assert choose("gelu") == "triton"
 
 
-def test_what_cannot_run_is_passed_over(on_gpu: Callable[..., Callable[[str], str]]) -> None:
-    assert on_gpu(("triton",), {"layer_norm": "cuda"})("layer_norm") == "triton"
+def test_the_nearest_size_counts(on_gpu: Callable[..., Callable[..., str]]) -> None:
+    choose = on_gpu(("triton", "cuda"), {"gelu": {"4": "cuda", "10": "triton"}})
+    found = [choose("gelu", size) for size in (0, 4, 6, 8, 10, 12, None)]
+    assert found == ["cuda"] * 3 + ["triton"] * 4
+    assert [backends.size_class(n) for n in (0, 1, 7, 8, 127, 128, 1 << 23)] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        2,
+        6,
+    ]
+
+
+def test_what_cannot_run_is_passed_over(on_gpu: Callable[..., Callable[..., str]]) -> None:
+    assert on_gpu(("triton",), {"layer_norm": {"4": "cuda"}})("layer_norm") == "triton"
     assert on_gpu(("cuda",), {})("layer_norm") == "cuda"
     with pytest.warns(UserWarning, match="slow PyTorch reference: gone; gone"):
         assert on_gpu((), {})("layer_norm") == "reference"
@@ -65,27 +83,37 @@ def test_small_inputs_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_choices_from_a_run() -> None:
-    def row(op: str, label: str, direction: str, variant: str, median: float) -> dict[str, object]:
-        return dict(op=op, label=label, direction=direction, variant=variant, median=median)
+    def row(
+        op: str, label: str, direction: str, variant: str, median: float, elements: int = 1 << 20
+    ) -> dict[str, object]:
+        return dict(
+            op=op,
+            label=label,
+            direction=direction,
+            variant=variant,
+            median=median,
+            elements=elements,
+        )
 
     rows = [
+        row("layer_norm", "d", "both", "gpt2fast triton", 1.0, 1 << 12),
+        row("layer_norm", "d", "both", "gpt2fast cuda", 2.0, 1 << 12),
         row("layer_norm", "a", "both", "gpt2fast triton", 2.0),
         row("layer_norm", "a", "both", "gpt2fast cuda", 1.0),
         row("add_layer_norm", "a", "both", "gpt2fast triton", 2.0),
         row("add_layer_norm", "a", "both", "gpt2fast cuda", 3.0),
         row("layer_norm", "a", "forward", "gpt2fast cuda", 99.0),
         row("layer_norm", "a", "both", "torch eager", 0.1),
-        row("adamw", "b", "forward", "gpt2fast triton", 1.0),
-        row("adamw", "b", "forward", "gpt2fast cuda", 1.5),
+        row("adamw with clipping", "b", "forward", "gpt2fast triton", 1.0, 0),
+        row("adamw with clipping", "b", "forward", "gpt2fast cuda", 1.5, 0),
         row("gelu", "c", "both", "gpt2fast triton", 1.0),
     ]
     found = choices(rows, "run.json")
     assert found["layer_norm"] == {
-        "backend": "cuda",
-        "why": "1.15x triton over 2 shapes",
-        "measured": "run.json",
+        "3": {"backend": "triton", "why": "2.00x cuda over 1 shapes", "measured": "run.json"},
+        "5": {"backend": "cuda", "why": "1.15x triton over 2 shapes", "measured": "run.json"},
     }
-    assert found["adamw"]["backend"] == "triton"
+    assert found["adamw"]["0"]["backend"] == "triton"
     assert set(found) == {"layer_norm", "adamw"}
 
 

@@ -145,9 +145,12 @@ def _chosen() -> list[tuple[str, str]]:
 
     tensor, rows = torch.empty(0, device="cuda"), []
     for op in backends.OPS:
-        found = backends.selected().get(op)
-        why = f"{found['why']} ({found['measured']})" if found else "no measurement"
-        rows.append((op, f"{backends.choose(tensor, op):<9} {why}"))
+        found = backends.selected().get(op, {})
+        for size in sorted(found, key=int):
+            backend, why, measured = (found[size][key] for key in ("backend", "why", "measured"))
+            rows.append((op, f"{backend:<9} at 16^{size} elements: {why} ({measured})"))
+        if not found:
+            rows.append((op, f"{backends.choose(tensor, op):<9} no measurement"))
     return rows
 
 

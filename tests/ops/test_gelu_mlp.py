@@ -523,7 +523,7 @@ def test_cublaslt_never_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backends, "status", lambda name: backends.Status(True, name))
     monkeypatch.setattr(backends, "selected", dict)
     assert backends._choose_for("cuda", "gelu_mlp") == "triton"
-    monkeypatch.setattr(backends, "selected", lambda: {"gelu_mlp": {"backend": "cublaslt"}})
+    monkeypatch.setattr(backends, "selected", lambda: {"gelu_mlp": {"5": {"backend": "cublaslt"}}})
     assert backends._choose_for("cuda", "gelu_mlp") == "cublaslt"
 
 
