@@ -94,7 +94,9 @@ def _seed() -> None:
     torch.manual_seed(1234)
 
 
-@pytest.fixture(autouse=True)
-def _kernels_take_small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests have small models and mean our kernels."""
-    monkeypatch.setattr(backends, "SMALL", {})
+@pytest.fixture(scope="module", autouse=True)
+def _kernels_take_small_inputs() -> Iterator[None]:
+    """Tests have small models and mean our kernels. Those of training run as users do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "SMALL", {})
+        yield

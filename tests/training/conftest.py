@@ -17,6 +17,11 @@ SENTENCES = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _kernels_take_small_inputs() -> None:
+    """Not here, where runs in processes of their own are compared with runs in this one."""
+
+
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder: 40,000 characters, the char tokenizer."""
