@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("gpt2fast", "DEF")
 DEVICES = ("CPU", "CUDA")
@@ -58,7 +59,8 @@ class _NoBackward:
 def apply(function: type[torch.autograd.Function], tensor: torch.Tensor, *rest: Any) -> Any:
     """``function.apply(tensor, *rest)``, without what that does in Python for torch.func: 10 us;
     where nothing asks for a gradient, ``function.forward`` by itself: 10 us more."""
-    if not is_plain(tensor, *rest):
+    # Of forward mode a Function says that it is not there; an op by itself would lose the tangent.
+    if not is_plain(tensor, *rest) or forward_ad._current_level >= 0:
         return function.apply(tensor, *rest)
     if torch.is_grad_enabled():
         for argument in (tensor, *rest):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 import gpt2fast
@@ -59,3 +60,14 @@ def test_a_compiled_function_is_compiled_once(
     with gpt2fast.use_backend(forced), torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             torch.testing.assert_close(compiled(x), functional.gelu(x))
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_forward_mode_is_refused(isa: str, wanted: bool) -> None:
+    """Not answered without a tangent."""
+    x = torch.randn(3, 8, requires_grad=wanted)
+    with gpt2fast.use_backend("cpu"), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones(3, 8))
+        for function in (functional.layer_norm, functional.gelu):
+            with pytest.raises(NotImplementedError, match="jvp"):
+                function(dual)
