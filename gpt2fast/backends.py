@@ -39,7 +39,7 @@ OPS = (
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Elements of an op's fp32 input from which on a kernel of ours on a CPU is worth its call, which costs
 #: more than that of PyTorch's own op (benchmarks/NOTES.md). Not in a graph, whose sizes may be symbols.
-SMALL = {"layer_norm": 1 << 18, "gelu": 1 << 13}
+SMALL = {"layer_norm": 3 << 16, "gelu": 1 << 13}
 #: Measurements of GPUs: which backend is the fastest for an op.
 SELECTED = Path(__file__).parent / "ops" / "selected"
 
