@@ -78,6 +78,10 @@ def losses(told: str) -> list[str]:
     return [line for line in told.splitlines() if re.search(r"\(C75\d\d\)", line)]
 
 
+#: What cmake/cuda.cmake has nvcc do.
+OPTIONS = ("-std=c++17", "-O3", "--extended-lambda", "-fmad=false")
+
+
 def compiled(source: Path, arch: str) -> Path:
     """The machine code of a source, as the build makes it; what the compiler said is beside it."""
     headers = b"".join(p.read_bytes() for p in sorted(CSRC.rglob("*.h")))
@@ -87,15 +91,7 @@ def compiled(source: Path, arch: str) -> Path:
         BUILD.mkdir(parents=True, exist_ok=True)
         for old in BUILD.glob(f"{source.stem}-{arch}-*"):
             old.unlink()
-        options = (
-            "-std=c++17",
-            "-O3",
-            "--extended-lambda",
-            "-fmad=false",
-            f"-I{CSRC}",
-            "-cubin",
-            f"-arch=sm_{arch}",
-        )
+        options = (*OPTIONS, f"-I{CSRC}", "-cubin", f"-arch=sm_{arch}")
         told = made.with_suffix(".log")
         output(tool("nvcc"), *options, source, "-o", made, told=told)
     return made

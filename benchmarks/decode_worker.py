@@ -32,9 +32,8 @@ def ours(model: GPT, weights: Weights) -> Run:
     return lambda idx, count: generate(decoder, idx, count, temperature=0)
 
 
-Attend = Callable[
-    [int, Tensor, Tensor, Tensor], Tensor
-]  # layer, q, k, v (B, H, T, D) -> (B, H, T, D)
+#: attend(layer, q, k, v), all (B, H, T, D) as its result.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def plain_step(model: GPT, idx: Tensor, position: Tensor, attend: Attend) -> Tensor:

@@ -50,7 +50,8 @@ def choices(rows: list[dict[str, Any]], measured: str) -> dict[str, dict[str, di
             n: math.exp(sum(math.log(c[n]) for c in cases.values()) / len(cases)) for n in names
         }
         first, second, *_ = sorted(names, key=mean.__getitem__)
-        why = f"{mean[second] / mean[first]:.2f}x {second} over {len(cases)} shapes"
+        count = "1 shape" if len(cases) == 1 else f"{len(cases)} shapes"
+        why = f"{mean[second] / mean[first]:.2f}x {second} over {count}"
         found.setdefault(op, {})[size] = {"backend": first, "why": why, "measured": measured}
     return found
 

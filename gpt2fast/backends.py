@@ -322,6 +322,10 @@ def _device_of(name: str) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
+def _is_small(tensor: torch.Tensor, op: str) -> bool:
+    return tensor.dtype == torch.float32 and tensor.numel() < SMALL.get(op, 0)
+
+
 def choose(tensor: torch.Tensor, op: str = "", native: bool = True) -> str:
     """The backend for `op` on its main input `tensor`; without `op` that of most.
 
@@ -337,8 +341,7 @@ def choose(tensor: torch.Tensor, op: str = "", native: bool = True) -> str:
             return "reference"
         if torch.compiler.is_compiling():  # a look at the cache would be a guard, which fails later
             return _choose_for(device, op)
-        left = native and device == "cpu" and tensor.dtype == torch.float32
-        if left and tensor.numel() < SMALL.get(op, 0):
+        if native and device == "cpu" and _is_small(tensor, op):
             return "reference"
         key = device, op, size_class(tensor.numel()) if device == "cuda" else None
         if key not in _automatic:

@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -98,6 +100,21 @@ def load() -> ModuleType:
     for cached in (backends.cuda_kernels, backends.status):
         cached.cache_clear()
     return module
+
+
+@contextmanager
+def threads_in_order(backwards: bool) -> Iterator[None]:
+    """Within the block the emulator runs threads from the last to the first, or not; a GPU does as it
+    likes."""
+    kernels = backends.cuda_kernels()
+    if not kernels.emulated:
+        yield
+        return
+    kernels.options(reversed=backwards)
+    try:
+        yield
+    finally:
+        kernels.options()
 
 
 def launches_on_hopper(op: str, monkeypatch: "pytest.MonkeyPatch") -> list[str]:

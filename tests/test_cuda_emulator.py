@@ -1,6 +1,7 @@
 """The emulator that proves the CUDA kernels finds the faults that it is for."""
 
 import itertools
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -39,11 +40,8 @@ def emulated(*tensors: torch.Tensor, backwards: bool) -> Iterator[tuple[Any, lis
     """The emulator, which knows no other tensors and runs threads in either order; their addresses."""
     kernels, addresses = cuda_emulator.load(), [tensor.data_ptr() for tensor in tensors]
     kernels.know([(t.data_ptr(), t.nbytes, t.element_size()) for t in tensors])
-    kernels.options(reversed=backwards)
-    try:
+    with cuda_emulator.threads_in_order(backwards):
         yield kernels, addresses
-    finally:
-        kernels.options()
 
 
 def run(fault: str, count: int = 100, backwards: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,6 +253,15 @@ def test_hopper_code_runs_on_hopper_only(
     kernels = types.SimpleNamespace(archs=archs)
     monkeypatch.setattr(cuda_common, "cuda_kernels", lambda: kernels)
     assert cuda_common._is_hopper.__wrapped__(0) is expected
+
+
+def test_nothing_fuses_products_with_sums_but_the_kernels() -> None:
+    """What is proven here holds on a GPU only if both compilers leave a * b + c in two roundings."""
+    build = (cuda_emulator.ROOT / "cmake/cuda.cmake").read_text()
+    (options,) = re.findall(r"^target_compile_options\(cuda_kernels PRIVATE (.*)\)$", build, re.M)
+    assert "-fmad=false" in options.split()
+    assert "-fmad=false" in cuda_report.OPTIONS
+    assert "-ffp-contract=off" in cuda_emulator.KERNEL
 
 
 def test_the_report_reads_what_ptxas_says() -> None:

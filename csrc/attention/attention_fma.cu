@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(FMA_THREADS)
   typename F::Result dq, mean;
   F::clear(dq);
   F::clear(mean);
-  float rounding[M] = {};
+  float excess[M] = {};
   const int end = clamp(begin + F::ROWS + place.diagonal, place.keys);
   for (int start = 0; start < end; start += F::ROWS) {
     const i64 k_row = place.k_first + start;
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(FMA_THREADS)
                column < place.keys && column <= row + place.diagonal, mask[m].kept(column, problem.threshold), problem);
         score[m][n] = ds;
         dp[m][n] = p == 1 ? 0.0f : p;  // where dS is 0 the sum is no rounding
-        rounding[m] += ds;
+        excess[m] += ds;
       }
     F::add_product(dq, score, shared.ds, shared.k);
     F::add_product(mean, dp, shared.ds, shared.k);
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(FMA_THREADS)
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const int row = y + SIDE * m;
-    const float sum = row_sum(rounding[m]);
+    const float sum = row_sum(excess[m]);
 #pragma unroll
     for (int part = 0; part < F::PARTS; ++part)
 #pragma unroll

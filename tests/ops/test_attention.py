@@ -709,19 +709,14 @@ def test_cuda_on_hopper_long_ring(on_hopper: list[str], monkeypatch: pytest.Monk
 @pytest.mark.parametrize("causal", [True, False])
 def test_cuda_on_hopper_lse(on_hopper: list[str], causal: bool) -> None:
     """Both planes of lse, to what fp32 scores allow; the same bits in any order of threads."""
-    dtype, scale = torch.bfloat16, 0.3
+    dtype, scale, device = torch.bfloat16, 0.3, device_of("cuda")
     q, k, v = (t.to(dtype) for t in qkv_inputs(1, 130, 193, 2, 64).values())
-    device, kernels = device_of("cuda"), backends.cuda_kernels()
     options = (63 if causal else None, scale, 0.0, None)
     backend, runs = backends.load("attention", "cuda"), []
     for backwards in (False, True):
-        if kernels.emulated:
-            kernels.options(reversed=backwards)
-        runs.append(
-            [t.cpu() for t in backend.forward(*(t.to(device) for t in (q, k, v)), *options)]
-        )
-        if kernels.emulated:
-            kernels.options()
+        with cuda_emulator.threads_in_order(backwards):
+            found = backend.forward(*(t.to(device) for t in (q, k, v)), *options)
+        runs.append([t.cpu() for t in found])
     assert on_hopper == HOPPER[:1] * 2
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -731,11 +726,11 @@ def test_cuda_on_hopper_lse(on_hopper: list[str], causal: bool) -> None:
             scores = scores.masked_fill(torch.ones(130, 193).triu(64).bool(), -math.inf)
         return scores.logsumexp(-1) / math.log(2)
 
-    found = runs[0][1]
-    compare("lse", found[0], levels(torch.float32), levels(torch.float64))
+    lse = runs[0][1]
+    compare("lse", lse[0], levels(torch.float32), levels(torch.float64))
     # The second plane has what rounding to fp32 left out of the first.
-    assert (found[1].abs() <= torch.finfo(torch.float32).eps / 2 * found[0].abs()).all()
-    assert found[1].any()
+    assert (lse[1].abs() <= torch.finfo(torch.float32).eps / 2 * lse[0].abs()).all()
+    assert lse[1].any()
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -804,18 +799,15 @@ def test_cuda_on_hopper_gradients_that_are_zero(on_hopper: list[str]) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_cuda_on_hopper_same_gradients_in_any_order(on_hopper: list[str], causal: bool) -> None:
     """The same bits in any order of threads, in views of a packed gradient, whose rest stays."""
-    device, kernels = device_of("cuda"), backends.cuda_kernels()
+    device = device_of("cuda")
     q, k, v, dout = torch.randn(4, 2, 150, 2, 64, dtype=torch.bfloat16, device=device)
     options = (0 if causal else None, 0.125, 0.0, None)
     backend, runs = backends.load("attention", "cuda"), []
     out, lse = backend.forward(q, k, v, *options)
     for backwards in (False, True):
-        if kernels.emulated:
-            kernels.options(reversed=backwards)
         packed = torch.full((2, 150, 5, 2, 64), 7.0, dtype=torch.bfloat16, device=device)
-        backend.backward(dout, q, k, v, out, lse, *packed.unbind(2)[1:4], *options)
-        if kernels.emulated:
-            kernels.options()
+        with cuda_emulator.threads_in_order(backwards):
+            backend.backward(dout, q, k, v, out, lse, *packed.unbind(2)[1:4], *options)
         runs.append(packed)
         assert (packed[:, :, ::4] == 7).all()
     assert torch.equal(*runs)

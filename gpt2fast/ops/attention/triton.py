@@ -360,7 +360,7 @@ def _slopes(
 def _gather(
     dq,
     mean,
-    rest_of_delta,
+    excess,
     q,
     dout,
     k,
@@ -412,12 +412,12 @@ def _gather(
         )  # fmt: skip
         dq = tl.dot(ds.to(keys_here.dtype), keys_here, dq, input_precision=PRECISION)
         if EXACT:
-            rest_of_delta += tl.sum(ds, 1)
+            excess += tl.sum(ds, 1)
             p = tl.where(p == 1.0, 0.0, p)  # dS is 0 there, and the sum no rounding
             mean = tl.dot(p, keys_here, mean, input_precision=PRECISION)
         k += COLUMNS * k_t
         v += COLUMNS * v_t
-    return dq, mean, rest_of_delta
+    return dq, mean, excess
 
 
 @triton.jit
@@ -524,26 +524,26 @@ def _dq_kernel(
     else:
         first, second = row, row
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    mean, rest_of_delta = acc, tl.zeros((ROWS,), tl.float32)
+    mean, excess = acc, tl.zeros((ROWS,), tl.float32)
     end, whole = keys, keys // COLUMNS * COLUMNS
     if CAUSAL:
         end = tl.minimum(tl.maximum(begin + ROWS + diagonal, 0), keys)
         seen_by_all = tl.minimum(tl.maximum(begin + diagonal + 1, 0), keys)
         whole = seen_by_all // COLUMNS * COLUMNS
-    acc, mean, rest_of_delta = _gather(
-        acc, mean, rest_of_delta, queries_here, dout_here, k, v, k_t, v_t, row, 0, whole, keys,
+    acc, mean, excess = _gather(
+        acc, mean, excess, queries_here, dout_here, k, v, k_t, v_t, row, 0, whole, keys,
         diagonal, level, rest, delta_here, log2_scale, factor, first, second, threshold, False, CAUSAL,
         seed is not None, EXACT, COLUMNS, SIZE, WIDTH, PRECISION,
     )  # fmt: skip
     k += whole.to(tl.int64) * k_t
     v += whole.to(tl.int64) * v_t
-    acc, mean, rest_of_delta = _gather(
-        acc, mean, rest_of_delta, queries_here, dout_here, k, v, k_t, v_t, row, whole, end, keys,
+    acc, mean, excess = _gather(
+        acc, mean, excess, queries_here, dout_here, k, v, k_t, v_t, row, whole, end, keys,
         diagonal, level, rest, delta_here, log2_scale, factor, first, second, threshold, True, CAUSAL,
         seed is not None, EXACT, COLUMNS, SIZE, WIDTH, PRECISION,
     )  # fmt: skip
     if EXACT:
-        acc -= rest_of_delta[:, None] * mean
+        acc -= excess[:, None] * mean
     _store(dq + q_first * dq_t, dq_t, count, acc * scale, ROWS, SIZE, WIDTH)
 
 
