@@ -89,7 +89,9 @@ def adamw(width: int, dtype: torch.dtype) -> None:
     )
     masters = [] if dtype == FP32 else [m]
     betas = (0.9, 0.95, 1e-8, 0.1)
-    backend.adamw_([p], [p], [m], [m], masters, [scalar], None, scalar, 0.0, 1e-3, *betas)
+    seed = empty(dtype=torch.int64)
+    for kept, word in ((masters, None), ([], None if dtype == FP32 else seed)):
+        backend.adamw_([p], [p], [m], [m], kept, [scalar], None, scalar, word, 0.0, 1e-3, *betas)
     backend.global_norm([p])
 
 

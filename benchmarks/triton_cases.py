@@ -106,7 +106,7 @@ for _size in ("gpt2", "gpt2-xl"):
         )
 
 
-def _adamw(dtype: torch.dtype, masters: bool, capturable: bool) -> None:
+def _adamw(dtype: torch.dtype, masters: bool, capturable: bool, seeded: bool = False) -> None:
     backend = load("adamw", "triton")
     shapes = [(50304, 768), (1024, 768), (2304, 768), (2304,), (768,)]
     params = [empty(*shape, dtype=dtype) for shape in shapes]
@@ -122,6 +122,7 @@ def _adamw(dtype: torch.dtype, masters: bool, capturable: bool) -> None:
         [scalar] * len(params) if capturable else [],
         scalar if capturable else None,
         scalar,
+        empty(dtype=torch.int64) if seeded else None,
         *(7.0, 6e-4, 0.9, 0.95, 1e-8, 0.1),
     )
 
@@ -131,6 +132,9 @@ for _dtype, _masters in ((FP32, False), (BF16, False), (BF16, True)):
         _name = f"adamw {str(_dtype).removeprefix('torch.')}"
         _name += " master" * _masters + " capturable" * _capturable
         case(_name)(lambda d=_dtype, m=_masters, c=_capturable: _adamw(d, m, c))
+        if _dtype == BF16 and not _masters:
+            _name += " stochastic"
+            case(_name)(lambda c=_capturable: _adamw(BF16, False, c, True))
 
 
 def _cross_entropy(dtype: torch.dtype, stride: int, features: float) -> None:

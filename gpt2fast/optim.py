@@ -34,6 +34,10 @@ class AdamW(torch.optim.Optimizer):
             which steps are taken; the parameter is the copy rounded. Without it bfloat16 loses
             updates below 1/256 of a value. A parameter that is written from outside after the
             first step is overwritten by its master at the next.
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that the mean is the
+            exact value and small updates add up without the memory of a master. The random bits
+            depend on the parameter and the step only: a resumed run repeats them, and processes
+            that hold the same parameters agree. float32 parameters are as without.
         capturable: nothing is read on the host, so that a step can be captured in a CUDA graph
             (take one before): ``state["step"]`` lies on the parameter's device, and `lr` may be a
             scalar tensor there, to be changed between replays.
@@ -74,27 +78,32 @@ class AdamW(torch.optim.Optimizer):
         *,
         max_norm: float | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
         capturable: bool = False,
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+        if master_weights and stochastic_rounding:
+            raise ValueError("master_weights lose nothing that stochastic_rounding could keep")
         self.max_norm = max_norm
         self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
         self.capturable = capturable
         self.grad_norm = None
         self._counters: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._seeds: dict[tuple[int, torch.device], Tensor] = {}
         self._checked: dict[tuple[int, bool], list[list[Tensor]]] = {}
         self._measured: list[Tensor] = []
         self._known_norm = False
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("max_norm", "master_weights", "capturable", "grad_norm")
+        names = ("max_norm", "master_weights", "stochastic_rounding", "capturable", "grad_norm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._counters, self._checked, self._measured = {}, {}, []
+        self._counters, self._seeds, self._checked, self._measured = {}, {}, {}, []
         self._known_norm = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -102,11 +111,11 @@ class AdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: an option is out of range.
-            TypeError: a parameter is complex.
+            TypeError: a parameter is complex, or float16 beside stochastic rounding.
         """
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            _check_group(self.param_groups[-1], self.stochastic_rounding)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -247,6 +256,12 @@ class AdamW(torch.optim.Optimizer):
                 ([params[i] for i in of], [states[i] for i in of], mastered)
                 for of, mastered in ((with_master, True), (rest, False))
             ]
+        seed = None
+        if self.stochastic_rounding:  # a fixed one: processes with the same parameters must agree
+            device = params[0].device
+            if (seed := self._seeds.get((index, device))) is None:
+                seed = torch.full((), index, dtype=torch.int64, device=device)
+                self._seeds[index, device] = seed
         for some, theirs, mastered in parts:
             grads = [g for p in some if (g := p.grad) is not None]
             first, second = ([state[name] for state in theirs] for name in MOMENTS)
@@ -258,9 +273,9 @@ class AdamW(torch.optim.Optimizer):
             lists = [some, first, second, masters or []]
             known = self._checked.get((index, mastered))
             if known is None or not all(map(_identical, known, lists)):
-                check_adamw(some, grads, first, second, masters, steps, lr, scale)
+                check_adamw(some, grads, first, second, masters, steps, lr, scale, seed)
                 self._checked[index, mastered] = lists
-            run_adamw(some, grads, first, second, masters, steps, lr, scale, scalars)
+            run_adamw(some, grads, first, second, masters, steps, lr, scale, seed, scalars)
 
     def _check_capture(self, found: list[list[Tensor]]) -> None:
         if not self.capturable:
@@ -336,7 +351,7 @@ def _identical(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
-def _check_group(group: dict[str, Any]) -> None:
+def _check_group(group: dict[str, Any], stochastic_rounding: bool) -> None:
     lr, (beta1, beta2) = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, got {tuple(lr.shape)}")
@@ -349,3 +364,5 @@ def _check_group(group: dict[str, Any]) -> None:
     for p in group["params"]:
         if not p.is_floating_point():
             raise TypeError(f"parameters must be floating point, got {p.dtype}")
+        if stochastic_rounding and p.dtype == torch.float16:
+            raise TypeError(f"stochastic_rounding is for bfloat16 parameters, got {p.dtype}")

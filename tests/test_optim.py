@@ -191,6 +191,51 @@ def test_state_may_be_replaced_between_steps(backend: str) -> None:
     assert state["step"] == 11
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_stochastic_rounding(backend: str, capturable: bool) -> None:
+    """Steps far below bf16's last place add up in the mean, without a master; fp32 beside stays."""
+    device, size, count, lr = device_of(backend), 20_000, 30, 1e-4
+    halves = [torch.ones(size, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    single = torch.ones(5, device=device)
+    start = [{"params": [halves[0], single]}, {"params": [halves[1]]}]
+    options = {"lr": lr, "weight_decay": 0.0, "capturable": capturable}
+    with gpt2fast.use_backend(backend):
+        ours = AdamW(start, stochastic_rounding=True, **options)
+        for _ in range(count):
+            for p in flat(ours):
+                p.grad = torch.ones_like(p)
+            ours.step()
+    torch.testing.assert_close(single.cpu(), torch.full((5,), 1 - count * lr))
+    share = lr * 2**8  # of a place below 1
+    deviation = (count * share * (1 - share) / size) ** 0.5 / 2**8
+    for p in halves:
+        assert abs(p.double().mean() - (1 - count * lr)) < 5 * deviation
+        assert set(ours.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
+    same = (halves[0] == halves[1]).double().mean()  # groups draw apart
+    assert same < 0.9
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_stochastic_rounding_is_repeated_by_a_resumed_run(capturable: bool) -> None:
+    """Another optimiser with the state, and one that torch has loaded, go on with the same bits."""
+    options = {**OPTIONS, "stochastic_rounding": True, "capturable": capturable}
+    whole, first, second = (AdamW(groups(torch.bfloat16), **options) for _ in range(3))
+    plain = AdamW(groups(torch.bfloat16), **OPTIONS, capturable=capturable)
+    for optimizer, last in ((whole, 8), (first, 5), (plain, 8)):
+        run(optimizer, 0, last, None)
+    for p, q in zip(flat(second), flat(first), strict=True):
+        p.data.copy_(q)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(second, 5, 8, None)
+    twin = copy.deepcopy(first)
+    run(twin, 5, 8, None)
+    for p, q, r in zip(*map(flat, (whole, second, twin)), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+    assert not all(torch.equal(p, q) for p, q in zip(flat(whole), flat(plain), strict=True))
+    torch.optim.AdamW(groups(torch.bfloat16)).load_state_dict(whole.state_dict())
+
+
 def test_copies_keep_their_options() -> None:
     ours = AdamW(groups(torch.bfloat16), **OPTIONS, max_norm=1.0, master_weights=True)
     run(ours, 0, 2, None)
@@ -215,10 +260,17 @@ def test_what_a_cuda_graph_cannot_hold_is_refused() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_step_in_a_cuda_graph(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        (torch.float32, "master_weights"),
+        (torch.bfloat16, "master_weights"),
+        (torch.bfloat16, "stochastic_rounding"),
+    ],
+)
+def test_step_in_a_cuda_graph(dtype: torch.dtype, kept: str) -> None:
     """Gradients are made within the graph, so their addresses are new to the optimiser there."""
-    options = {**OPTIONS, "max_norm": 1.0, "master_weights": True}
+    options = {**OPTIONS, "max_norm": 1.0, kept: True}
     eager, graphed = (
         AdamW(groups(dtype, "cuda"), **options, capturable=capturable)
         for capturable in (False, True)
@@ -441,11 +493,18 @@ def test_reference_backend_gives_the_same() -> None:
         ({"eps": -1e-8}, "eps must not be negative"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),
         ({"max_norm": 0.0}, "max_norm must be positive or None, got 0.0"),
+        ({"master_weights": True, "stochastic_rounding": True}, "master_weights lose nothing"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdamW([torch.zeros(3, requires_grad=True)], **options)
+
+
+def test_stochastic_rounding_is_for_bfloat16() -> None:
+    half = torch.zeros(3, dtype=torch.float16, requires_grad=True)
+    with pytest.raises(TypeError, match=r"is for bfloat16 parameters, got torch\.float16"):
+        AdamW([half], stochastic_rounding=True)
 
 
 def test_complex_parameters_are_refused() -> None:

@@ -3,6 +3,9 @@
 //   step      g' = g grad_scale,  m += (1 - beta1) (g' - m),  v += (1 - beta2) (g'^2 - v)
 //             p -= lr weight_decay p + lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
 //   norm      sqrt(sum of all squares)
+//   rounding  p to the nearest, or bf16 p, where there is a seed, up or down at random, up with the probability that
+//             makes the mean p: 16 random bits are added below the last place and the rest cut off. Element e of
+//             tensor t at a step has the word (seed, step, t, 0, e mod 2^32) of common/cuda.h.
 //   source    Loshchilov & Hutter 2019, arXiv:1711.05101. Averages are written as differences, since
 //             fp32(1) - fp32(0.999) misses 1 - 0.999 by 1e-5 of itself.
 //   layout    tensors whose elements lie without gaps, p, g, m, v and master w in one order. p and g fp32,
@@ -10,7 +13,7 @@
 //   moves     step: p (w instead), m, v, g read, p, m, v (and w) written: 28 bytes a parameter in fp32, 28 in half
 //             precision with a master. Norm: g read.
 //   work      A block takes CHUNK elements of one tensor; it finds the tensor by bisection in a table of up to
-//             64, which is a kernel argument: nothing is copied to the device, and a CUDA graph can hold the
+//             60, which is a kernel argument: nothing is copied to the device, and a CUDA graph can hold the
 //             launch. A thread has 4 elements at a time: 16 bytes of every fp32 array. Norm: partial sums are
 //             fp32 by thread and fp64 by block, taken again in fp64 where squares overflow or vanish; one block
 //             adds them in a fixed order: the same inputs give the same bits.
@@ -21,7 +24,7 @@
 namespace gpt2fast {
 namespace cuda {
 
-constexpr int TENSORS = 64, ADAMW_THREADS = 128, CHUNK = 8192, FOUR = 4;
+constexpr int TENSORS = 60, ADAMW_THREADS = 128, CHUNK = 8192, FOUR = 4;
 
 struct Entry {
   void *p, *g;
@@ -31,13 +34,15 @@ struct Entry {
 };
 struct Table {
   Entry entries[TENSORS];
+  int places[TENSORS];      // in the list of all tensors
   int starts[TENSORS + 1];  // the first block of each tensor; one past the last
 };
 static_assert(sizeof(Table) + 128 <= 4096, "kernel arguments end at 4 KB");
 
 struct Scalars {
   const float *lr_tensor, *grad_scale;
-  float lr, correction1, correction2, log1, log2, new1, old1, new2, old2, eps, weight_decay;
+  const i64* seed;
+  float step, lr, correction1, correction2, log1, log2, new1, old1, new2, old2, eps, weight_decay;
 };
 
 // The tensor that this block works on.
@@ -84,6 +89,11 @@ __device__ __forceinline__ void store_floats(T* place, const float (&x)[V]) {
   store_vector<true>(place, v);
 }
 
+// x as one of the two bf16 numbers around it; a NaN stays.
+__device__ __forceinline__ float round_stochastically(float x, uint32_t word) {
+  return x != x ? x : __uint_as_float((__float_as_uint(x) + (word >> 16)) & 0xffff0000u);
+}
+
 template <class T, int V, int THREADS>
 __global__ void __launch_bounds__(THREADS) adamw_kernel(const __grid_constant__ Table table, Scalars s) {
   const int tensor = owner(table.starts);
@@ -93,9 +103,12 @@ __global__ void __launch_bounds__(THREADS) adamw_kernel(const __grid_constant__ 
   T *p = (T*)e.p + start, *g = (T*)e.g + start;
   float *m = e.m + start, *v = e.v + start, *w = e.w ? e.w + start : nullptr;
   if (e.step) {
-    s.correction1 = one_minus_power(s.log1, *e.step);
-    s.correction2 = one_minus_power(s.log2, *e.step);
+    s.step = *e.step;
+    s.correction1 = one_minus_power(s.log1, s.step);
+    s.correction2 = one_minus_power(s.log2, s.step);
   }
+  RandomRow random;
+  if (s.seed) random = RandomRow(*s.seed, uint32_t(s.step), uint32_t(table.places[tensor]), 0);
   const float lr = s.lr_tensor ? *s.lr_tensor : s.lr, scale = s.grad_scale ? *s.grad_scale : 1.0f;
   const float decay = lr * s.weight_decay, rate = lr / s.correction1, root = 1 / sqrtf(s.correction2);
   const auto update = [&](auto width, i64 at) {
@@ -117,8 +130,13 @@ __global__ void __launch_bounds__(THREADS) adamw_kernel(const __grid_constant__ 
     }
     store_floats<float, N>(m + at, first);
     store_floats<float, N>(v + at, second);
-    store_floats<T, N>(p + at, value);
     if (w) store_floats<float, N>(w + at, value);
+    if constexpr (std::is_same<T, bf16>::value)
+      if (s.seed) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) value[j] = round_stochastically(value[j], random.word(uint32_t(start + at + j)));
+      }
+    store_floats<T, N>(p + at, value);
   };
   const i64 whole = size / V * V;
 #pragma unroll 2
@@ -196,6 +214,7 @@ static void in_groups(i64 count, const Fill& fill, const Body& body) {
         bool is_wide;
         if (fill(i, e, is_wide) != dtype || is_wide != (wide != 0) || e.size == 0) continue;
         table.entries[used] = e;
+        table.places[used] = int(i);
         table.starts[used + 1] = table.starts[used] + int(ceil_div(e.size, CHUNK));
         if (++used == TENSORS) flush();
       }
@@ -203,13 +222,13 @@ static void in_groups(i64 count, const Fill& fill, const Body& body) {
     }
 }
 
-void adamw_step(uintptr_t table_, i64 count, uintptr_t lr_tensor, uintptr_t grad_scale, double lr,
-                double correction1, double correction2, double log1, double log2, double beta1, double beta2,
-                double eps, double weight_decay, uintptr_t stream) {
+void adamw_step(uintptr_t table_, i64 count, uintptr_t lr_tensor, uintptr_t grad_scale, uintptr_t seed,
+                double step, double lr, double correction1, double correction2, double log1, double log2,
+                double beta1, double beta2, double eps, double weight_decay, uintptr_t stream) {
   const i64* rows = (const i64*)table_;
-  const Scalars s{(const float*)lr_tensor, (const float*)grad_scale, float(lr), float(correction1),
-                  float(correction2), float(log1), float(log2), float(1 - beta1), float(beta1), float(1 - beta2),
-                  float(beta2), float(eps), float(weight_decay)};
+  const Scalars s{(const float*)lr_tensor, (const float*)grad_scale, (const i64*)seed, float(step), float(lr),
+                  float(correction1), float(correction2), float(log1), float(log2), float(1 - beta1), float(beta1),
+                  float(1 - beta2), float(beta2), float(eps), float(weight_decay)};
   const auto fill = [&](i64 i, Entry& e, bool& wide) {
     const i64* r = rows + 8 * i;
     e = {(void*)r[0], (void*)r[1], (float*)r[2], (float*)r[3], (float*)r[4], (const float*)r[5], r[6]};

@@ -3,6 +3,9 @@
 //   step      g' = g * grad_scale,  m += (1 - beta1) (g' - m),  v += (1 - beta2) (g'^2 - v)
 //             p -= lr * weight_decay * p + lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 //   norm      sqrt(sum of all squares)
+//   rounding  p to the nearest, or bf16 p, where there is a seed, up or down at random, up with the probability that
+//             makes the mean p: 16 random bits are added below the last place and the rest cut off. Element e of
+//             tensor t at a step has the word (seed, step, t, 0, e mod 2^32) of common/random.h.
 //   source    Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", as torch.optim.AdamW. Written as
 //             differences, 1 - beta is rounded relative to itself: beta2 = 0.999 in fp32 misses by 1e-5 of 1 - beta2,
 //             and v would settle that far from the truth.
@@ -16,6 +19,7 @@
 //             where squares vanish or overflow in fp32; the blocks' sums are added in fp64 in order: the number
 //             of threads changes no bit.
 #include "common/simd.h"
+#include "common/random.h"
 #include "adamw/adamw_cpu.h"
 
 namespace gpt2fast {
@@ -34,8 +38,28 @@ GPT2FAST_INLINE vf average(vf old_value, vf new_value, float new_weight, float o
                             : new_value + (old_value - new_value) * old_weight;
 }
 
+// x as one of the two bf16 numbers around it; a NaN stays.
+GPT2FAST_INLINE vf round_stochastically(vf x, vu words) {
+  const vu u = as_bits(x), rounded = (u + (words >> 16)) & 0xffff0000u;
+  const vu nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
+  return as_float((rounded & ~nan) | (u & nan));
+}
+
+// Stores parameters from `element` of their tensor on; random: the tensor's words, or null.
 template <class T>
-static void update(T* p, const T* g, float* m, float* v, float* w, i64 count, const Update& u) {
+GPT2FAST_INLINE void store_parameters(T* p, vf x, i64 n, const RandomRow*, i64) {
+  store_at(p, x, n);
+}
+GPT2FAST_INLINE void store_parameters(bf16* p, vf x, i64 n, const RandomRow* random, i64 element) {
+  store_at(p, random ? round_stochastically(x, random->words(element)) : x, n);
+}
+
+// Elements [begin, begin + count) of a tensor.
+template <class T>
+static void update(T* p, const T* g, float* m, float* v, float* w, i64 begin, i64 count, const Update& u,
+                   const RandomRow* random) {
+  p += begin, g += begin, m += begin, v += begin;
+  if (w) w += begin;
   for_columns(count, [&](i64 i, i64 n) {
     const vf grad = load_at(g + i, n) * u.scale, value = w ? load_at(w + i, n) : load_at(p + i, n);
     const vf first = average(load_at(m + i, n), grad, u.new1, u.old1);
@@ -45,7 +69,7 @@ static void update(T* p, const T* g, float* m, float* v, float* w, i64 count, co
     const vf direction = first / (vsqrt(second) * u.inverse_root + u.eps);
     const vf updated = value - (value * u.decay + direction * u.rate);
     if (w) store_at(w + i, updated, n);
-    store_at(p + i, updated, n);
+    store_parameters(p + i, updated, n, random, begin + i);
   });
 }
 
@@ -62,10 +86,10 @@ GPT2FAST_INLINE void for_parts(i64 tensors, i64 begin, i64 end, const Size& size
   }
 }
 
-// table: rows of p, g, m, v, w (0 where there is none), size, dtype. grad_scale: a float or 0.
-void adamw_step(uintptr_t table, i64 tensors, uintptr_t grad_scale, double step, double lr, double beta1,
-                double beta2, double eps, double weight_decay, int threads) {
-  const auto row = [&](i64 t) { return (const i64*)table + 7 * t; };
+// table: rows of p, g, m, v, w (0 where there is none), size, dtype, t. grad_scale: a float or 0; seed: an i64 or 0.
+void adamw_step(uintptr_t table, i64 tensors, uintptr_t grad_scale, uintptr_t seed, double step, double lr,
+                double beta1, double beta2, double eps, double weight_decay, int threads) {
+  const auto row = [&](i64 t) { return (const i64*)table + 8 * t; };
   const double correction1 = 1.0 - __builtin_pow(beta1, step), correction2 = 1.0 - __builtin_pow(beta2, step);
   Update u;
   u.scale = grad_scale ? *(const float*)grad_scale : 1.0f;
@@ -81,8 +105,9 @@ void adamw_step(uintptr_t table, i64 tensors, uintptr_t grad_scale, double step,
       const i64* r = row(t);
       with_dtype(int(r[6]), [&](auto type) {
         using T = decltype(type);
-        float* w = r[4] ? (float*)r[4] + low : nullptr;
-        update((T*)r[0] + low, (const T*)r[1] + low, (float*)r[2] + low, (float*)r[3] + low, w, high - low, u);
+        const RandomRow random(head_dropout(0.0, seed ? *(const i64*)seed : 0, i64(step), r[7]), 0);
+        update((T*)r[0], (const T*)r[1], (float*)r[2], (float*)r[3], (float*)r[4], low, high - low, u,
+               seed ? &random : nullptr);
       });
     });
   });

@@ -130,7 +130,7 @@ template <int WIDTH, int M>
 struct Softmax {
   float out[M][WIDTH / 8][4];
   float top[M][2], total[M][2];  // total: of this lane's columns
-  RowDropout mask[M][2];
+  RandomRow mask[M][2];
 };
 
 // Takes COLUMNS keys from `start` on into the softmax.
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
     for (int half = 0; half < 2; ++half) {
       softmax.top[m][half] = -INFINITY;
       softmax.total[m][half] = 0;
-      if (DROPOUT) softmax.mask[m][half] = RowDropout(*problem.seed, place.b, place.h, row + 16 * m + 8 * half);
+      if (DROPOUT) softmax.mask[m][half] = RandomRow(*problem.seed, place.b, place.h, row + 16 * m + 8 * half);
     }
   }
   int turn = 0;
@@ -311,7 +311,7 @@ template <int WIDTH, int M>
 struct Queries {
   uint32_t q[M][WIDTH / 16][4], dout[M][WIDTH / 16][4];
   float level[M][2], delta[M][2];
-  RowDropout mask[M][2];
+  RandomRow mask[M][2];
 };
 
 // Adds what COLUMNS keys from `start` on give to dq.
@@ -436,7 +436,7 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
       const int r = row + 16 * m + 8 * half;
       queries.level[m][half] = r < place.queries ? tensors.lse[place.lse + r] : INFINITY;
       queries.delta[m][half] = shared.delta[r - begin];
-      if (DROPOUT) queries.mask[m][half] = RowDropout(*problem.seed, place.b, place.h, r);
+      if (DROPOUT) queries.mask[m][half] = RandomRow(*problem.seed, place.b, place.h, r);
     }
   }
   const float scale = problem.scale * LOG2_E;
@@ -472,7 +472,7 @@ struct DkvShared {
   Tile<T, S::ROWS, WIDTH> k, v;
   Tile<T, S::COLUMNS, WIDTH> q[2], dout[2];
   Known known[2][S::COLUMNS];
-  RowDropout mask[2][DROPOUT ? S::COLUMNS : 1];
+  RandomRow mask[2][DROPOUT ? S::COLUMNS : 1];
 };
 
 // Adds what COLUMNS queries from `start` on give to dk and dv. Queries past the last have P = 0 by their level.
@@ -516,7 +516,7 @@ __device__ __forceinline__ void scatter(float (&dk)[S::M][WIDTH / 8][4], float (
       const auto known = load_vector<false, Vector<float, 4>>(&shared.known[turn][column + 8 * n].level);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        RowDropout mask;
+        RandomRow mask;
         if (DROPOUT) mask = shared.mask[turn][column + 8 * n + j];
         const int query = start + column + 8 * n + j;
 #pragma unroll
@@ -590,7 +590,7 @@ __global__ void __launch_bounds__(THREADS, S::BLOCKS)
     if (threadIdx.x < COLUMNS) {
       store_vector(&shared.known[turn][threadIdx.x].level, Vector<float, 2>{known.level, known.delta});
       if (DROPOUT)
-        shared.mask[turn][threadIdx.x] = RowDropout(*problem.seed, place.b, place.h, start + threadIdx.x);
+        shared.mask[turn][threadIdx.x] = RandomRow(*problem.seed, place.b, place.h, start + threadIdx.x);
     }
   };
   copy_tile(shared.k, tensors.k.at(place.b, place.h, k_row), tensors.k.row, count, problem.size);

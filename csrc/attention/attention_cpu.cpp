@@ -18,7 +18,7 @@
 //             backward: units of one head's key blocks, dk and dv of a block stay near while the queries pass.
 //             A head is split over several units where heads are few; dq is then added in fixed order.
 //   saves     out and lse; the dropout mask is a hash of (seed, head, i, j), computed again.
-#include "common/dropout.h"
+#include "common/random.h"
 #include "common/tile.h"
 
 #include "attention/attention_cpu.h"
@@ -209,7 +209,7 @@ i64 attention_forward_workspace(i64 keys, i64 size, int threads) {
 // One row of scores of n visible keys from key j on: scores become P * exp(top), zero up to `end`.
 template <bool DROP>
 GPT2FAST_INLINE void softmax_row(float* s, i64 n, i64 end, float& top, float& sum, float& factor,
-                                 const RowDropout& dropout, i64 j) {
+                                 const RandomRow& dropout, i64 j) {
   if (n <= 0) {
     factor = 1.0f;
     zero(s, end);
@@ -256,7 +256,7 @@ static void attend_block(const Shape& shape, const ForwardSpace& space, i64 i0, 
       if (depth == 0) continue;
       for (i64 r = r0; r < r0 + MR; ++r)
         softmax_row<DROP>(space.scores + r * BK, r < rows ? seen(r) : 0, depth, space.top[r], space.sum[r],
-                          space.factor[r], RowDropout(dropout, i0 + r), j0);
+                          space.factor[r], RandomRow(dropout, i0 + r), j0);
     }
     add_block(seen, padded, space.scores, space.v + j0 * width, space.out, width, space.factor, fetch);
   }
@@ -290,7 +290,7 @@ template <class T, bool DROP>
 static void attend_direct(const Shape& shape, const ForwardSpace& space, const float* q, const T* k, i64 k_t,
                           const T* v, i64 v_t, i64 i, const Dropout& dropout) {
   const i64 size = shape.size, keys = shape.visible(i), whole = size / VL * VL;
-  const RowDropout row(dropout, i);
+  const RandomRow row(dropout, i);
   zero(space.out, shape.width());
   space.top[0] = NONE, space.sum[0] = 0.0f;
   for (i64 j0 = 0; j0 < keys; j0 += BK) {
@@ -478,7 +478,7 @@ i64 attention_backward_workspace(i64 heads, i64 queries, i64 keys, i64 size, int
 // may differ in bits from those of the forward's direct path.
 template <bool DROP>
 GPT2FAST_INLINE float backward_row(float* p, float* dp, float* weights, i64 n, i64 end, float lse, float rest,
-                                   float delta, bool whole, float keep, const RowDropout& dropout, i64 j) {
+                                   float delta, bool whole, float keep, const RandomRow& dropout, i64 j) {
   const i64 full = n / VL * VL;
   vf excess = {};
   const vi inside = (vi)(lane_index() < int32_t(n - full));
@@ -547,7 +547,7 @@ static void backward_block(const Shape& shape, const BackwardSpace& space, const
       gradient.excess[i0 + r] += backward_row<DROP>(
           space.p + r * BK, space.ds + r * BK, space.weights + r / KIN * BK, real ? seen(r) : 0, tile_end,
           real ? lse[i0 + r] : 0.0f, real ? rests[i0 + r] : 0.0f, real ? space.delta[i0 + r] : 0.0f,
-          j0 == 0 && shape.visible(i0 + (real ? r : 0)) <= BK, dropout.keep, RowDropout(dropout, i0 + r), j0);
+          j0 == 0 && shape.visible(i0 + (real ? r : 0)) <= BK, dropout.keep, RandomRow(dropout, i0 + r), j0);
     }
     if (shape.visible(i0 + rows - 1) > BK)  // or all rows are whole
       for (i64 c = 0; c < width; c += NR)

@@ -140,12 +140,12 @@ __global__ void __launch_bounds__(FMA_THREADS)
   F::load(shared.q, tensors.q.at(place.b, place.h, q_row), tensors.q.row, place.queries - begin, problem.size);
   const float scale = problem.scale * LOG2_E;
   float top[M], total[M];
-  RowDropout mask[M];
+  RandomRow mask[M];
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     top[m] = -INFINITY;
     total[m] = 0;
-    if (problem.seed) mask[m] = RowDropout(*problem.seed, place.b, place.h, begin + y + SIDE * m);
+    if (problem.seed) mask[m] = RandomRow(*problem.seed, place.b, place.h, begin + y + SIDE * m);
   }
   typename F::Result out;
   F::clear(out);
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(FMA_THREADS)
   F::load(shared.dout, tensors.dout.at(place.b, place.h, q_row), tensors.dout.row, count, problem.size);
   __syncthreads();
   float level[M], rest[M], delta[M];
-  RowDropout mask[M];
+  RandomRow mask[M];
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const int row = y + SIDE * m;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(FMA_THREADS)
     if (real && x == 0) tensors.delta[place_of_row] = delta[m];  // for dk and dv
     level[m] = real ? tensors.lse[place_of_row] : INFINITY;
     rest[m] = real ? tensors.lse[place_of_row + problem.lse_plane] : 0.0f;
-    if (problem.seed) mask[m] = RowDropout(*problem.seed, place.b, place.h, begin + row);
+    if (problem.seed) mask[m] = RandomRow(*problem.seed, place.b, place.h, begin + row);
   }
   // sum(dS) is 0 but for delta's rounding, which a part that all keys share would multiply: it is summed, and so is
   // the mean key P k, with which it is taken out of dq.
@@ -324,8 +324,8 @@ __global__ void __launch_bounds__(FMA_THREADS)
       const float* lse = tensors.lse + place.lse + column;
       const float level = real ? lse[0] : INFINITY, rest = real ? lse[problem.lse_plane] : 0.0f;
       const float delta = real ? tensors.delta[place.lse + column] : 0.0f;
-      RowDropout mask;
-      if (problem.seed) mask = RowDropout(*problem.seed, place.b, place.h, column);
+      RandomRow mask;
+      if (problem.seed) mask = RandomRow(*problem.seed, place.b, place.h, column);
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         const int row = begin + y + SIDE * m;

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #ifdef GPT2FAST_EMULATED
 #include "testing/emulator.h"
@@ -251,9 +252,9 @@ __device__ __forceinline__ void block_sums(float& x, float& y, float (&room)[2][
   }
 }
 
-// ---- dropout -----------------------------------------------------------------------------------------
-// Element (i, j) of head (b, h) is kept where 24 bits of a hash of (seed, b, h, i, j) are >= `threshold`:
-// the bits of dropout_mask in gpt2fast/ops/attention/reference.py.
+// ---- random words ------------------------------------------------------------------------------------
+// A hash of (seed, b, h, i, j), that of gpt2fast/ops/random.py. Dropout keeps element (i, j) of head (b, h) where
+// the first 24 bits are >= `threshold`.
 
 __device__ __forceinline__ uint32_t scramble(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -261,21 +262,21 @@ __device__ __forceinline__ uint32_t scramble(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-struct RowDropout {
+struct RandomRow {
   uint32_t first, second;
-  __device__ RowDropout() : first(0), second(0) {}
-  __device__ RowDropout(i64 seed, uint32_t b, uint32_t h, uint32_t row) {
+  __device__ RandomRow() : first(0), second(0) {}
+  __device__ RandomRow(i64 seed, uint32_t b, uint32_t h, uint32_t row) {
     const uint32_t start = scramble(uint32_t(seed) + 0x9e3779b9u) ^ uint32_t(uint64_t(seed) >> 32);
     first = scramble(scramble(scramble(scramble(start) + b) + h) ^ row);
     second = scramble(scramble(scramble(scramble(start ^ 0x85ebca6bu) + b) + h) + row * 0x9e3779b9u);
   }
-  __device__ bool kept(uint32_t column, int threshold) const {
+  __device__ uint32_t word(uint32_t column) const {
     uint32_t x = column * 0x9e3779b9u + first;
     x = ((x ^ (x >> 16)) * 0x7feb352du) ^ second;
     x = (x ^ (x >> 15)) * 0x846ca68bu;
-    x ^= x >> 16;
-    return int(x >> 8) >= threshold;
+    return x ^ (x >> 16);
   }
+  __device__ bool kept(uint32_t column, int threshold) const { return int(word(column) >> 8) >= threshold; }
 };
 
 }  // namespace cuda

@@ -32,7 +32,7 @@ struct Dropout {
 // M x + residual, rounded as it is stored: what follows is the norm of that.
 template <class T, int V>
 __device__ __forceinline__ Vector<T, V> add(const Vector<T, V>& x, const Vector<T, V>& residual,
-                                            const Dropout& dropout, const RowDropout& mask, uint32_t column) {
+                                            const Dropout& dropout, const RandomRow& mask, uint32_t column) {
   Vector<T, V> s;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(BLOCK_WARPS<WARPS>* WARP)
       const int c = (i * LANES + lane) * V;
       if (c < columns) other[i] = load_vector<true, Vector<T, V>>(residual + row * residual_stride + c);
     }
-    RowDropout mask;
-    if (dropout.seed) mask = RowDropout(*dropout.seed, 0, 0, uint32_t(row));
+    RandomRow mask;
+    if (dropout.seed) mask = RandomRow(*dropout.seed, 0, 0, uint32_t(row));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int c = (i * LANES + lane) * V;
@@ -251,8 +251,8 @@ __global__ void __launch_bounds__(STREAM_THREADS)
   const i64 row = blockIdx.x;
   const T* s = x + row * x_stride;
   float sum = 0;
-  RowDropout mask;
-  if (dropout.seed) mask = RowDropout(*dropout.seed, 0, 0, uint32_t(row));
+  RandomRow mask;
+  if (dropout.seed) mask = RandomRow(*dropout.seed, 0, 0, uint32_t(row));
   for (i64 c = i64(threadIdx.x) * V; c < columns; c += STREAM_THREADS * V) {
     auto v = load_vector<false, Vector<T, V>>(s + c);
     if (residual) {
@@ -377,7 +377,7 @@ template <class T, int V>
 __global__ void __launch_bounds__(STREAM_THREADS)
     dropout_rows_kernel(const T* x, i64 x_stride, T* out, i64 columns, Dropout dropout) {
   const i64 row = blockIdx.x;
-  const RowDropout mask(*dropout.seed, 0, 0, uint32_t(row));
+  const RandomRow mask(*dropout.seed, 0, 0, uint32_t(row));
   for (i64 c = i64(threadIdx.x) * V; c < columns; c += STREAM_THREADS * V) {
     auto v = load_vector<true, Vector<T, V>>(x + row * x_stride + c);
 #pragma unroll

@@ -11,7 +11,7 @@
 //   work      rows are shared out among threads; a row (3 KB at width 768) stays in L1 for its two passes.
 //             dw and db: fp32 partials per thread, flushed every FLUSH rows, added in thread order.
 //   saves     s (the input where there is no residual), mean and rstd in fp32. The mask is a hash, formed again.
-#include "common/dropout.h"
+#include "common/random.h"
 #include "common/simd.h"
 
 #include "layer_norm/layer_norm_cpu.h"
@@ -32,7 +32,7 @@ static void forward_rows(const T* x, i64 x_stride, const T* residual, i64 residu
       const T* other = residual + r * residual_stride;
       T* out = sum + r * columns;
       if (dropout) {
-        const RowDropout mask(*dropout, r);
+        const RandomRow mask(*dropout, r);
         for_columns(columns, [&](i64 c, i64 n) {
           const vf kept = select(mask.keep(c), load_at(row + c, n) * dropout->keep, vf{});
           store_at(out + c, kept + load_at(other + c, n), n);
@@ -177,7 +177,7 @@ void dropout_rows(uintptr_t ds, uintptr_t dx, i64 rows, i64 columns, double drop
     using T = decltype(type);
     parallel_shares(rows, ROW_GRAIN, threads, [&](int, i64 begin, i64 end) {
       for (i64 r = begin; r < end; ++r) {
-        const RowDropout row(mask, r);
+        const RandomRow row(mask, r);
         const T* from = (const T*)ds + r * columns;
         T* to = (T*)dx + r * columns;
         for_columns(columns, [&](i64 c, i64 n) {

@@ -73,15 +73,19 @@ struct __nv_bfloat16 {
 struct __half {
   _Float16 value;
 };
-inline float __bfloat162float(__nv_bfloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float wide;
-  __builtin_memcpy(&wide, &bits, 4);
-  return wide;
-}
-inline __nv_bfloat16 __float2bfloat16(float x) {  // to nearest even; NaN stays one
+inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16(float x) {  // to nearest even; NaN stays one
+  const uint32_t bits = __float_as_uint(x);
   if (x != x) return {0x7fff};
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }

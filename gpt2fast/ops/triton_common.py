@@ -261,7 +261,7 @@ def gelu_slope(z):
 
 @triton.jit
 def _scramble(x):
-    """A bijection of 32-bit words, as attention/reference.py has it."""
+    """A bijection of 32-bit words, as random.py has it."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -269,7 +269,7 @@ def _scramble(x):
 
 @triton.jit
 def head_words(seed, b, h):
-    """The two dropout words of head (b, h), from the seed at pointer `seed`."""
+    """The two random words of head (b, h), from the seed at pointer `seed`."""
     word = tl.load(seed)
     b, h = tl.cast(b, tl.uint32), tl.cast(h, tl.uint32)
     start = _scramble(word.to(tl.uint32) + 0x9E3779B9) ^ (word >> 32).to(tl.uint32)
@@ -280,19 +280,24 @@ def head_words(seed, b, h):
 
 @triton.jit
 def row_words(first, second, i):
-    """The two dropout words of rows i of a head."""
+    """The two random words of rows i of a head."""
     i = i.to(tl.uint32)
     return _scramble(first ^ i), _scramble(second + i * 0x9E3779B9)
 
 
 @triton.jit
-def kept_mask(first, second, j, threshold):
-    """Whether column j is kept in the row of these words; all broadcast."""
+def random_word(first, second, j):
+    """The random word of column j in the row of these words; all broadcast."""
     x = j.to(tl.uint32) * 0x9E3779B9 + first
     x = ((x ^ (x >> 16)) * 0x7FEB352D) ^ second
     x = (x ^ (x >> 15)) * 0x846CA68B
-    x = x ^ (x >> 16)
-    return (x >> 8).to(tl.int32) >= threshold
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def kept_mask(first, second, j, threshold):
+    """Whether dropout keeps column j in the row of these words; all broadcast."""
+    return (random_word(first, second, j) >> 8).to(tl.int32) >= threshold
 
 
 @triton.jit

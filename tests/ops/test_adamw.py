@@ -1,5 +1,6 @@
 """adamw_ and global_norm: the fp64 rule over steps, layouts, errors, opcheck."""
 
+import math
 from itertools import chain
 from typing import Any
 
@@ -386,8 +387,14 @@ def test_opcheck(backend: str) -> None:
         g = [torch.rand_like(t) for t in p]
         m, v, w = ([torch.rand_like(t, dtype=torch.float32) for t in p] for _ in range(3))
         scalar, steps = torch.tensor(0.5), [torch.tensor(2.0), torch.tensor(3.0)]
+        seed = torch.tensor(7)
     scalars = (2.0, 1e-3, 0.9, 0.99, 1e-8, 0.1, backend)
-    for extra in (([], [], None, None), (w, [], None, scalar), (w, steps, scalar, scalar)):
+    for extra in (
+        ([], [], None, None, None),
+        (w, [], None, scalar, None),
+        (w, steps, scalar, scalar, None),
+        ([], steps, scalar, scalar, seed),
+    ):
         torch.library.opcheck(autograd.adamw, (p, g, m, v, *extra, *scalars))
     torch.library.opcheck(autograd.global_norm, (p, backend))
 
@@ -413,6 +420,127 @@ def test_compiles(backend: str) -> None:
         results.append([norm, *params, *rest, *masters])
     for eager, graph in zip(*results, strict=True):
         assert torch.equal(eager, graph)
+
+
+# Half a step of lr 2^-9 off a bf16 number in [1, 2), and a quarter: all arithmetic is exact.
+EXACT = {"beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
+
+
+def rounded(
+    backend: str,
+    params: list[Tensor],
+    lr: float,
+    seed: int = 5,
+    step: int = 3,
+    on_device: bool = False,
+    **options: Any,
+) -> list[Tensor]:
+    """`params` less lr, rounded stochastically: one step with gradients of 1, in exact arithmetic."""
+    device = device_of(backend)
+    params = [p.to(device, copy=True) for p in params]
+    grads = [torch.ones_like(p) for p in params]
+    number: Any = [torch.tensor(float(step), device=device) for _ in params] if on_device else step
+    word = torch.tensor(seed, device=device)
+    options = {**EXACT, "lr": lr, "step": number, "rounding_seed": word, **options}
+    with gpt2fast.use_backend(backend):
+        adamw_(params, grads, moments(params), moments(params), **options)
+    return [p.cpu() for p in params]
+
+
+def bf16s(*shape: int) -> Tensor:
+    """Random bf16 numbers in [1, 2)."""
+    return (1 + torch.rand(shape)).bfloat16().clamp(max=1.99)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_stochastic_rounding_has_the_same_bits_everywhere(backend: str, on_device: bool) -> None:
+    """Tensors about the sizes of chunks, off 16 bytes, transposed and empty, beside one in fp32."""
+    flat = bf16s(3000)
+    params = [bf16s(8191), flat[1:1500], bf16s(0), bf16s(7, 5).t(), torch.randn(9), bf16s(8193)]
+    params += [bf16s(3) for _ in range(130)]  # more than a launch takes
+    mine, theirs = (
+        rounded(name, params, 0.3 / 128, step=70_000, on_device=on_device, seed=-(2**62) + 3)
+        for name in (backend, "reference")
+    )
+    for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
+        assert torch.equal(p, q), i
+
+
+@pytest.mark.parametrize("share", [0.0, 1 / 65536, 0.25, 0.5, 0.9, 65535 / 65536])
+def test_stochastic_rounding_is_unbiased(backend: str, share: float) -> None:
+    """Above 1 a step of `share` places goes down with this probability, exactly one place."""
+    count, place = 200_000, 2.0**-7
+    ((p,),) = (rounded(backend, [torch.full((count,), 1.5, dtype=torch.bfloat16)], share * place),)
+    down = (p == 1.5 - place).double()
+    assert ((p == 1.5) | (down == 1)).all()
+    deviation = math.sqrt(share * (1 - share) / count)
+    assert abs(down.mean() - share) <= 5 * deviation
+
+
+def test_stochastic_rounding_draws_anew(backend: str) -> None:
+    """Elements, tensors, steps and seeds are independent; negative numbers are their positive ones."""
+    count, place = 100_000, 2.0**-7
+    p = torch.full((count,), 1.5, dtype=torch.bfloat16)
+    one, two = (t == 1.5 for t in rounded(backend, [p, p], place / 2))
+    (step,) = (t == 1.5 for t in rounded(backend, [p], place / 2, step=4))
+    (seed,) = (t == 1.5 for t in rounded(backend, [p], place / 2, seed=6))
+    (high,) = (t == 1.5 for t in rounded(backend, [p], place / 2, seed=5 + (1 << 32)))
+    limit = 5 * math.sqrt(0.25 / count)
+    for other in (two, step, seed, high, one.roll(1), one.roll(2), one.roll(256)):
+        assert abs((one == other).double().mean() - 0.5) < limit
+    (again,) = (t == 1.5 for t in rounded(backend, [p], place / 2))
+    assert torch.equal(one, again)
+    (negative,) = rounded(backend, [-p], -place / 2)  # away from 0 as above
+    assert torch.equal(-negative == 1.5, one)
+
+
+def test_stochastic_rounding_of_special_values(backend: str) -> None:
+    p = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0**-120, 2.0**127 * (2 - 2**-7)]).bfloat16()
+    assert torch.equal(rounded(backend, [p], 0.0)[0], p)
+    for sign in (1, -1):
+        assert (rounded(backend, [sign * p[-1:]], -sign * 3e38)[0] == sign * math.inf).all()
+    quiet = torch.full((1000,), -1, dtype=torch.int32).view(torch.float32)  # all bits of a NaN set
+    with gpt2fast.use_backend(backend), device_of(backend):
+        p, g = torch.ones(1000).bfloat16(), torch.ones(1000).bfloat16()
+        scale = quiet[0].to(p.device)
+        seed = torch.tensor(1)
+        lists = [p], [g], moments([p]), moments([p])
+        adamw_(*lists, step=1, lr=0.1, grad_scale=scale, rounding_seed=seed)
+    assert p.isnan().all()
+
+
+def test_stochastic_rounding_keeps_what_half_precision_would_lose(backend: str) -> None:
+    """At lr 1e-4, 1.0 in bf16 never moves by rounding to nearest; so it does in the mean."""
+    count, size, device = 40, 20_000, device_of(backend)
+    p, g = (torch.ones(size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    lists = [p], [g], moments([p]), moments([p])
+    seed = torch.tensor(0, device=device)
+    with gpt2fast.use_backend(backend):
+        for step in range(1, count + 1):
+            adamw_(*lists, step=step, lr=1e-4, weight_decay=0.0, rounding_seed=seed)
+    # Below 1 a place is 2^-8. Each element has fallen by a binomial number of places.
+    share = 1e-4 * 2**8
+    deviation = math.sqrt(count * share * (1 - share) / size) / 2**8
+    assert abs(p.double().mean() - (1 - count * 1e-4)) < 5 * deviation
+    truth = count * share * (1 - share) / 2**16
+    assert abs(p.double().var() / truth - 1) < 5 * math.sqrt(3 / size)
+
+
+@pytest.mark.parametrize("scale", [None, 0.37])
+def test_stochastic_rounding_rounds_the_right_number(backend: str, scale: float | None) -> None:
+    """Parameters are neighbours of the exact ones, moments as without."""
+    start, gradients = draw(torch.bfloat16, 3)
+    truth = train(start, gradients[:1], "reference", torch.float64, scale)
+    plain = train(start, gradients[:1], backend, torch.bfloat16, scale)
+    seed = torch.tensor(11, device=device_of(backend))
+    found = train(start, gradients[:1], backend, torch.bfloat16, scale, rounding_seed=seed)
+    assert any(not torch.equal(p, q) for p, q in zip(plain[0], found[0], strict=True))
+    for m, n in zip(chain(*plain[1:3]), chain(*found[1:3]), strict=True):
+        assert torch.equal(m, n)
+    for p, true in zip(found[0], truth[0], strict=True):
+        place = 2.0 ** (true.abs().clamp(min=2.0**-126).log2().floor() - 7)
+        # fp32's own rounding may move a number over a neighbour by its error
+        assert ((p.double() - true).abs() < place * (1 + 2.0**-12)).all()
 
 
 ONE, HALF = [torch.zeros(3)], [torch.zeros(3, dtype=torch.float16)]
@@ -448,6 +576,17 @@ def test_wrong_scalars() -> None:
         adamw_(ONE, ONE, ONE, ONE, step=[torch.ones(())] * 2, lr=1e-3)
     with pytest.raises(TypeError, match=r"step\[0\] must be torch\.float32, got torch\.int64"):
         adamw_(ONE, ONE, ONE, ONE, step=[torch.tensor(1)], lr=1e-3)
+    seed = torch.tensor(1)
+    with pytest.raises(TypeError, match=r"rounding_seed is for bfloat16 parameters, but params\[0\]"):
+        adamw_(HALF, HALF, ONE, ONE, step=1, lr=1e-3, rounding_seed=seed)
+    with pytest.raises(TypeError, match=r"rounding_seed must be torch\.int64, got torch\.int32"):
+        adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, rounding_seed=seed.int())
+    with pytest.raises(ValueError, match=r"rounding_seed must have shape \(\)"):
+        adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, rounding_seed=seed[None])
+    with pytest.raises(ValueError, match="rounding_seed is on meta"):
+        adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, rounding_seed=seed.to("meta"))
+    with pytest.raises(ValueError, match="rounding_seed is for parameters without masters"):
+        adamw_(HALF, HALF, ONE, ONE, step=1, lr=1e-3, masters=ONE, rounding_seed=seed)
     with pytest.raises(TypeError, match=r"masters are for bfloat16 and float16 parameters"):
         adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, masters=ONE)
     with pytest.raises(ValueError, match="masters has 0 tensors but params has 1"):

@@ -13,7 +13,8 @@ from gpt2fast.functional import (
     flash_attn_varlen_func,
     scaled_dot_product_attention,
 )
-from gpt2fast.ops.attention import autograd, reference
+from gpt2fast.ops.attention import autograd
+from gpt2fast.ops.random import dropout_mask
 from tests import cuda_emulator
 from tests.ops.numerics import (
     DTYPES,
@@ -398,7 +399,7 @@ def test_kernel_and_reference_have_the_same_mask(backend: str, queries: int, see
         v = torch.eye(keys, size).view(1, keys, 1, size).expand(2, keys, 3, size)
         word = torch.tensor(seed)
     out, _ = autograd.attention_forward(q, torch.zeros_like(v), v, None, None, p, word, backend)
-    mask = reference.dropout_mask(word, (2, 3, queries, keys), p)
+    mask = dropout_mask(word, (2, 3, queries, keys), p)
     expected = mask.transpose(1, 2)
     assert torch.equal(out[..., :keys] != 0, expected)
 
@@ -421,7 +422,7 @@ def test_dropout_is_reproducible(backend: str) -> None:
 def test_dropout_mask_statistics(p: float) -> None:
     """Rate and pairwise independence, over the whole mask and along every axis, within 5 sigma."""
     shape = (4, 6, 200, 300)
-    keep = reference.dropout_mask(torch.tensor(99), shape, p).double()
+    keep = dropout_mask(torch.tensor(99), shape, p).double()
     count, sigma = keep.numel(), math.sqrt(p * (1 - p))
     assert abs(keep.mean() - (1 - p)) < 5 * sigma / math.sqrt(count)
     for axis in range(4):
@@ -436,7 +437,7 @@ def test_dropout_mask_statistics(p: float) -> None:
     rows = keep.flatten(0, 2)
     chi = ((rows.mean(1) - (1 - p)).square().mean() / (sigma**2 / shape[3])).item()
     assert abs(chi - 1) < 5 * math.sqrt(2 / rows.shape[0])  # row sums vary as binomials do
-    other = reference.dropout_mask(torch.tensor(100), shape, p).double()
+    other = dropout_mask(torch.tensor(100), shape, p).double()
     correlation = ((keep - (1 - p)) * (other - (1 - p))).mean() / sigma**2
     assert abs(correlation) * math.sqrt(count) < 5
 

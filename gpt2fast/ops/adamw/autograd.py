@@ -16,6 +16,7 @@ def adamw_implementation(
     steps: list[Tensor],
     lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
+    seed: Tensor | None,
     step: float,
     lr: float,
     beta1: float,
@@ -33,6 +34,7 @@ def adamw_implementation(
         steps,
         lr_tensor,
         grad_scale,
+        seed,
         step,
         lr,
         beta1,
@@ -51,6 +53,7 @@ def _fake_adamw(
     steps: list[Tensor],
     lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
+    seed: Tensor | None,
     step: float,
     lr: float,
     beta1: float,
@@ -72,8 +75,9 @@ def _fake_global_norm(tensors: list[Tensor], backend: str) -> Tensor:
 
 adamw = register(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    " Tensor(d!)[] masters, Tensor[] steps, Tensor? lr_tensor, Tensor? grad_scale, float step,"
-    " float lr, float beta1, float beta2, float eps, float weight_decay, str backend) -> ()",
+    " Tensor(d!)[] masters, Tensor[] steps, Tensor? lr_tensor, Tensor? grad_scale, Tensor? seed,"
+    " float step, float lr, float beta1, float beta2, float eps, float weight_decay, str backend)"
+    " -> ()",
     adamw_implementation,
     _fake_adamw,
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gpt2fast.backends import cpu_kernels
 from gpt2fast.ops.adamw.layout import Aligned, is_dense
-from gpt2fast.ops.registry import DTYPE_CODES
+from gpt2fast.ops.registry import DTYPE_CODES, pointer
 
 BLOCK = 16384  # as in adamw_cpu.cpp
 
@@ -19,6 +19,7 @@ def adamw_(
     steps: list[Tensor],
     lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
+    seed: Tensor | None,
     step: float,
     lr: float,
     beta1: float,
@@ -29,25 +30,26 @@ def adamw_(
     """One step in place: p and g of one dtype, moments and masters fp32, grad_scale a fp32 scalar.
 
     `masters` is empty or has one for each parameter; so has `steps`, which then stands in for
-    `step`, as `lr_tensor` does for `lr`.
+    `step`, as `lr_tensor` does for `lr`. With a `seed` bf16 parameters are rounded stochastically.
     """
     if lr_tensor is not None:
         lr = float(lr_tensor)
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
     numbers = [float(s) for s in steps] or [step] * len(params)
-    aligned = Aligned(lists, [True, False, True, True, True][: len(lists)])
+    aligned = Aligned(lists, [True, False, True, True, True][: len(lists)], seed is not None)
     tables: dict[float, list[list[int]]] = {}
-    for number, tensors in zip(numbers, zip(*aligned.lists, strict=True), strict=True):
+    for place, (number, *tensors) in enumerate(zip(numbers, *aligned.lists, strict=True)):
         if size := tensors[0].numel():
             addresses = [t.data_ptr() for t in tensors] + ([] if masters else [0])
-            row = [*addresses, size, DTYPE_CODES[tensors[0].dtype]]
+            row = [*addresses, size, DTYPE_CODES[tensors[0].dtype], place]
             tables.setdefault(number, []).append(row)
     for number, table in tables.items():
         rows = torch.tensor(table, dtype=torch.int64)
         cpu_kernels().adamw_step(
             rows.data_ptr(),
             len(table),
-            0 if grad_scale is None else grad_scale.data_ptr(),
+            pointer(grad_scale),
+            pointer(seed),
             number,
             lr,
             beta1,

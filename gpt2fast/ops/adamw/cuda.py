@@ -21,6 +21,7 @@ def adamw_(
     steps: list[Tensor],
     lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
+    seed: Tensor | None,
     step: float,
     lr: float,
     beta1: float,
@@ -31,10 +32,10 @@ def adamw_(
     """One step in place: p and g of one dtype, moments and masters fp32, grad_scale a fp32 scalar.
 
     `masters` is empty or has one for each parameter; so has `steps`, which then stands in for
-    `step`, as `lr_tensor` does for `lr`.
+    `step`, as `lr_tensor` does for `lr`. With a `seed` bf16 parameters are rounded stochastically.
     """
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
-    aligned = Aligned(lists, [True, False, True, True, True][: len(lists)])
+    aligned = Aligned(lists, [True, False, True, True, True][: len(lists)], seed is not None)
     columns = [[t.data_ptr() for t in tensors] for tensors in (*aligned.lists, steps)]
     absent = [0] * len(params)
     if not masters:
@@ -50,6 +51,8 @@ def adamw_(
         len(params),
         lr_tensor,
         grad_scale,
+        seed,
+        step,
         lr,
         1.0 if steps else 1 - beta1**step,
         1.0 if steps else 1 - beta2**step,

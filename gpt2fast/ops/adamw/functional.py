@@ -39,6 +39,7 @@ def adamw_(
     weight_decay: float = 1e-2,
     masters: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
+    rounding_seed: Tensor | None = None,
 ) -> None:
     """One AdamW step in place over lists of tensors, as torch.optim.AdamW takes it.
 
@@ -57,6 +58,11 @@ def adamw_(
             place add up.
         grad_scale: a scalar by which gradients are multiplied on the fly, a clipping coefficient
             for example; the gradients themselves are not written.
+        rounding_seed: an int64 scalar on the parameters' device: bfloat16 parameters are rounded
+            stochastically, to one of the two numbers around the new value with probabilities that
+            make it the mean, so that small updates add up without masters. The random bits are a
+            hash of the seed, the step, the parameter's place in `params` and the element: the same
+            on every backend, and others at every step. float32 parameters are as without.
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
@@ -70,7 +76,7 @@ def adamw_(
     >>> param
     tensor([0.9000, 0.9000, 0.9000])
     """
-    check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, step, lr, grad_scale)
+    check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, step, lr, grad_scale, rounding_seed)
     run_adamw(
         params,
         grads,
@@ -80,6 +86,7 @@ def adamw_(
         step,
         lr,
         grad_scale,
+        rounding_seed,
         (beta1, beta2, eps, weight_decay),
     )
 
@@ -93,6 +100,7 @@ def check_adamw(
     step: float | Sequence[Tensor],
     lr: float | Tensor,
     grad_scale: Tensor | None,
+    rounding_seed: Tensor | None,
 ) -> None:
     """Checks the arguments of :func:`adamw_`."""
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
@@ -104,6 +112,8 @@ def check_adamw(
             raise ValueError(f"{name} has {len(tensors)} tensors but params has {len(params)}")
     if isinstance(step, (int, float)) and step < 1:
         raise ValueError(f"step must be at least 1, got {step}")
+    if masters is not None and rounding_seed is not None:
+        raise ValueError("rounding_seed is for parameters without masters, which lose nothing")
     if not params:
         return
     for i, p in enumerate(params):
@@ -114,6 +124,8 @@ def check_adamw(
             raise TypeError(
                 f"masters are for bfloat16 and float16 parameters, but {p_name} is {p.dtype}"
             )
+        if rounding_seed is not None and p.dtype == torch.float16:
+            raise TypeError(f"rounding_seed is for bfloat16 parameters, but {p_name} is {p.dtype}")
         for name, tensors in lists.items():
             t, t_name = tensors[i], f"{name}[{i}]"
             check_floating(t_name, t)
@@ -133,9 +145,12 @@ def check_adamw(
             check_same_device(t_name, t, p_name, p)
             if t.dtype != torch.float32:
                 raise TypeError(f"{t_name} must be torch.float32, got {t.dtype}")
-    for name, scalar in (("grad_scale", grad_scale), ("lr", lr)):
+    for name, scalar in (("grad_scale", grad_scale), ("lr", lr), ("rounding_seed", rounding_seed)):
         if isinstance(scalar, Tensor):
-            check_floating(name, scalar)
+            if scalar is not rounding_seed:
+                check_floating(name, scalar)
+            elif scalar.dtype != torch.int64:
+                raise TypeError(f"rounding_seed must be torch.int64, got {scalar.dtype}")
             check_shape(name, scalar, (), "a scalar")
             check_same_device(name, scalar, "params[0]", params[0])
 
@@ -149,6 +164,7 @@ def run_adamw(
     step: float | Sequence[Tensor],
     lr: float | Tensor,
     grad_scale: Tensor | None,
+    rounding_seed: Tensor | None,
     scalars: tuple[float, float, float, float],
 ) -> None:
     """The step itself, with arguments that are known to be right."""
@@ -161,10 +177,11 @@ def run_adamw(
         lr_tensor = None if lr_tensor is None else lr_tensor.float()
         grad_scale = None if grad_scale is None else grad_scale.float()
     kept = list(params), list(exp_avgs), list(exp_avg_sqs), list(masters or ())
-    arguments = (kept[0], list(grads), *kept[1:], steps, lr_tensor, grad_scale, number, rate)
+    optional = lr_tensor, grad_scale, rounding_seed
+    arguments = (kept[0], list(grads), *kept[1:], steps, *optional, number, rate)
     if backend == "reference":
         reference.adamw_(*arguments, *scalars)
-    elif is_plain(*chain(*arguments[:6]), lr_tensor, grad_scale):
+    elif is_plain(*chain(*arguments[:6]), *optional):
         autograd.adamw_implementation(*arguments, *scalars, backend)
     else:
         autograd.adamw(*arguments, *scalars, backend)

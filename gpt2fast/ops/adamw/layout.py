@@ -30,10 +30,15 @@ class Aligned:
     """Lists of tensors, of which `written` ones are results, in one order without gaps.
 
     Tensors that already are (all, as a rule) are taken as they are; others are copied, and results
-    copied back by :meth:`finish`.
+    copied back by :meth:`finish`. `row_major`: no other order is.
     """
 
-    def __init__(self, lists: Sequence[Sequence[Tensor]], written: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        lists: Sequence[Sequence[Tensor]],
+        written: Sequence[bool],
+        row_major: bool = False,
+    ) -> None:
         self.lists = lists
         self._back: list[tuple[Tensor, Tensor]] = []
         if all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists):
@@ -41,7 +46,7 @@ class Aligned:
         found = []
         for tensors in zip(*lists, strict=True):
             used = tensors
-            if not same_order(tensors):
+            if row_major or not same_order(tensors):  # contiguous ones are not copied
                 used = tuple(t.contiguous() for t in tensors)
                 self._back += [
                     (old, new)

@@ -3,10 +3,27 @@
 import torch
 from torch import Tensor
 
+from gpt2fast.ops.random import random_words
+
 
 def moment_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype of a parameter's moments: fp32 for half precision, otherwise its own."""
     return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def round_stochastically(x: Tensor, seed: Tensor, step: float | Tensor, place: int) -> Tensor:
+    """fp32 x as one of the two bf16 numbers around each value; a NaN stays.
+
+    Up with the probability that makes x the mean: 16 random bits are added below the last place,
+    and the rest is cut off. Element e of the tensor at `place` has the bits of the word (seed, step,
+    place, 0, e mod 2^32); elements are counted in row-major order.
+    """
+    device = x.device
+    elements = torch.arange(x.numel(), device=device).view(x.shape) & 0xFFFFFFFF
+    row = torch.as_tensor(step, device=device).long(), torch.tensor(place, device=device)
+    words = random_words(seed, *row, torch.zeros_like(row[1]), elements)
+    bits = (x.view(torch.int32) + (words >> 16).int()) & -(1 << 16)
+    return torch.where(x.isnan(), x, bits.view(torch.float32))
 
 
 @torch.no_grad()
@@ -19,6 +36,7 @@ def adamw_(
     steps: list[Tensor],
     lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
+    seed: Tensor | None,
     step: float,
     lr: float,
     beta1: float,
@@ -38,7 +56,10 @@ def adamw_(
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (v / (1 - beta2**number)).sqrt() + eps
         decayed = value.to(m.dtype) * (1 - rate * weight_decay)
-        value.copy_(decayed - rate / (1 - beta1**number) * m / denominator)
+        updated = decayed - rate / (1 - beta1**number) * m / denominator
+        if seed is not None and p.dtype == torch.bfloat16:
+            updated = round_stochastically(updated.float(), seed, number, i)
+        value.copy_(updated)
         if masters:
             p.copy_(value)
 

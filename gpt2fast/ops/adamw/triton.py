@@ -3,6 +3,9 @@
 step      g' = g * grad_scale,  m += (1 - beta1) (g' - m),  v += (1 - beta2) (g'^2 - v)
           p -= lr * weight_decay * p + lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 norm      sqrt(sum of all squares)
+rounding  p to the nearest, or bf16 p, where there is a seed, up or down at random, up with the
+          probability that makes the mean p: 16 random bits are added below the last place and the
+          rest cut off. Element e of tensor t at a step has the word (seed, step, t, 0, e mod 2^32).
 source    Loshchilov & Hutter 2019, as torch.optim.AdamW. Averages are written as differences, since
           fp32(1) - fp32(0.999) misses 1 - 0.999 by 1e-5 of itself.
 layout    tensors of any shapes whose elements lie without gaps, p, g, m, v and master w in one order
@@ -34,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpt2fast.ops.adamw.layout import Aligned, is_dense
-from gpt2fast.ops.triton_common import INTERPRETED, launch
+from gpt2fast.ops.triton_common import INTERPRETED, head_words, launch, random_word, row_words
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 #: Tables kept; a model needs some ten.
@@ -97,9 +100,17 @@ def _store(place, offset, size, x, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _round_stochastically(x, word):
+    """fp32 x as one of the two bf16 numbers around it; a NaN stays."""
+    bits = (x.to(tl.uint32, bitcast=True) + (word >> 16)) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def _update(
-    p, g, m, v, w, offset, size, scale, new1, old1, new2, old2, decay, rate, root, eps, WHOLE
-):
+    p, g, m, v, w, offset, size, scale, new1, old1, new2, old2, decay, rate, root, eps, first_word,
+    second_word, start, WHOLE,
+):  # fmt: skip
     grad = _load(g, offset, size, WHOLE) * scale
     first = _load(m, offset, size, WHOLE)
     second = _load(v, offset, size, WHOLE)
@@ -109,7 +120,11 @@ def _update(
     value -= value * decay + first / (tl.sqrt(second) * root + eps) * rate
     _store(m, offset, size, first, WHOLE)
     _store(v, offset, size, second, WHOLE)
-    _store(p, offset, size, value, WHOLE)
+    rounded = value
+    if first_word is not None:
+        word = random_word(first_word, second_word, start + offset)
+        rounded = _round_stochastically(value, word)
+    _store(p, offset, size, rounded, WHOLE)
     if w is not None:
         _store(w, offset, size, value, WHOLE)
 
@@ -125,8 +140,11 @@ def _update_kernel(
     exp_avg_sqs,
     masters,
     steps,
+    places,
     lr_tensor,
     grad_scale,
+    seed,
+    number,
     lr,
     correction1,
     correction2,
@@ -162,6 +180,10 @@ def _update_kernel(
     scale = 1.0
     if grad_scale is not None:
         scale = tl.load(grad_scale)
+    first, second = None, None
+    if seed is not None:
+        first, second = head_words(seed, number, tl.load(places + tensor))
+        first, second = row_words(first, second, tl.zeros((), tl.uint32))
     decay = lr * weight_decay
     rate = lr / correction1
     root = 1 / tl.sqrt(correction2)
@@ -169,46 +191,16 @@ def _update_kernel(
         for i in range(0, CHUNK, BLOCK):
             offset = i + tl.arange(0, BLOCK)
             _update(
-                p,
-                g,
-                m,
-                v,
-                w,
-                offset,
-                size,
-                scale,
-                new1,
-                old1,
-                new2,
-                old2,
-                decay,
-                rate,
-                root,
-                eps,
-                True,
-            )
+                p, g, m, v, w, offset, size, scale, new1, old1, new2, old2, decay, rate, root, eps,
+                first, second, start, True,
+            )  # fmt: skip
     else:
         for i in range(0, size, BLOCK):
             offset = i + tl.arange(0, BLOCK)
             _update(
-                p,
-                g,
-                m,
-                v,
-                w,
-                offset,
-                size,
-                scale,
-                new1,
-                old1,
-                new2,
-                old2,
-                decay,
-                rate,
-                root,
-                eps,
-                False,
-            )
+                p, g, m, v, w, offset, size, scale, new1, old1, new2, old2, decay, rate, root, eps,
+                first, second, start, False,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -316,17 +308,22 @@ class _Group:
     dtype: torch.dtype
     aligned: bool
     sizes: tuple[int, ...]
-    addresses: list[tuple[int, ...]]  # of each list of tensors
+    addresses: list[tuple[int, ...]]  # of each list of tensors, and what else is in a table
 
 
-def _groups(lists: Sequence[Sequence[Tensor]], numbers: Sequence[Tensor] = ()) -> list[_Group]:
-    """The tensors by dtype and alignment; `numbers` are scalars beside them."""
+def _groups(
+    lists: Sequence[Sequence[Tensor]], numbers: Sequence[Tensor] = (), with_places: bool = False
+) -> list[_Group]:
+    """The tensors by dtype and alignment; `numbers` are scalars beside them. A last column has
+    their places in the lists, if asked for."""
     sizes = tuple(map(Tensor.numel, lists[0]))
     dtypes = [t.dtype for t in lists[0]]
     addresses = [tuple(map(Tensor.data_ptr, tensors)) for tensors in lists]
     aligned = not functools.reduce(operator.or_, chain(*addresses), 0) & 15
     if numbers:
         addresses.append(tuple(map(Tensor.data_ptr, numbers)))
+    if with_places:
+        addresses.append(tuple(range(len(sizes))))
     if aligned and len(set(dtypes)) == 1 and 0 not in sizes:
         return [_Group(dtypes[0], True, sizes, addresses)]
     found: dict[tuple[torch.dtype, bool], list[int]] = {}
@@ -356,6 +353,7 @@ def adamw_(
     steps: list[Tensor],
     lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
+    seed: Tensor | None,
     step: float,
     lr: float,
     beta1: float,
@@ -366,19 +364,22 @@ def adamw_(
     """One step in place: p and g of one dtype, moments and masters fp32, grad_scale a fp32 scalar.
 
     `masters` is empty or has one for each parameter; so has `steps`, which then stands in for
-    `step`, as `lr_tensor` does for `lr`.
+    `step`, as `lr_tensor` does for `lr`. With a `seed` bf16 parameters are rounded stochastically.
     """
     config, device = rule(), params[0].device
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
-    aligned = Aligned(lists, [True, False, True, True, True][: len(lists)])
-    for group in _groups(aligned.lists, steps):
+    aligned = Aligned(lists, [True, False, True, True, True][: len(lists)], seed is not None)
+    for group in _groups(aligned.lists, steps, seed is not None):
         tables: list[Tensor | None] = [
             _kept("table", column, device)[0] for column in group.addresses
         ]
         if not masters:
             tables.insert(4, None)
         if not steps:
-            tables.append(None)
+            tables.insert(5, None)
+        stochastic = seed is not None and group.dtype == torch.bfloat16
+        if not stochastic:
+            tables[6:] = [None]  # the places of fp32 tensors beside them
         launch(
             _update_kernel,
             (_programs(config.chunk, group.sizes),),
@@ -386,6 +387,8 @@ def adamw_(
             *tables,
             lr_tensor,
             grad_scale,
+            seed if stochastic else None,
+            float(step),
             float(lr),
             1.0 if steps else 1 - beta1**step,
             1.0 if steps else 1 - beta2**step,

@@ -6,43 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-_WORD = 0xFFFFFFFF
-
-
-def _scramble(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words (in int64) after which every input bit moves every output bit."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
-    return x ^ (x >> 16)
-
-
-def dropout_mask(
-    seed: Tensor, shape: tuple[int, ...], dropout_p: float, first_batch: int = 0
-) -> Tensor:
-    """Which of the (B, H, Tq, Tk) = `shape` probabilities are kept: bool.
-
-    A hash of (seed, b, h, i, j) in 32-bit words, so that any block of it can be computed alone, on
-    any machine. Its first 24 bits are compared with `dropout_p`. A row (b, h, i) has two words of
-    its own, since with one word two rows of a large batch would too often have the same mask.
-    Every backend computes exactly these bits. Batch entries are counted from `first_batch` on.
-    """
-    batch, heads, queries, keys = (
-        torch.arange(n, device=seed.device).view([-1 if d == axis else 1 for d in range(4)])
-        for axis, n in enumerate(shape)
-    )
-    batch = batch + first_batch
-    seed = seed.reshape(())
-    start = _scramble(((seed & _WORD) + 0x9E3779B9) & _WORD) ^ ((seed >> 32) & _WORD)
-    first = _scramble((_scramble((_scramble(start) + batch) & _WORD) + heads) & _WORD)
-    other = _scramble((_scramble(start ^ 0x85EBCA6B) + batch) & _WORD)
-    second = _scramble((other + heads) & _WORD)
-    first = _scramble(first ^ queries)
-    second = _scramble((second + queries * 0x9E3779B9) & _WORD)
-    x = (keys * 0x9E3779B9 + first) & _WORD
-    x = (((x ^ (x >> 16)) * 0x7FEB352D) & _WORD) ^ second
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
-    x = x ^ (x >> 16)
-    return (x >> 8) >= int(dropout_p * 2**24 + 0.5)
+from gpt2fast.ops.random import dropout_mask
 
 
 def _softmax(

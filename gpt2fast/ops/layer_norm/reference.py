@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gpt2fast.ops.attention.reference import dropout_mask
+from gpt2fast.ops.random import dropout_mask
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -1,5 +1,5 @@
-// Dropout masks as a hash: element (i, j) of head (b, h) is kept where 24 bits of a hash of (seed, b, h, i, j)
-// are >= probability * 2^24, the same bits as dropout_mask in gpt2fast/ops/attention/reference.py.
+// Random words as a hash of (seed, b, h, i, j), those of gpt2fast/ops/random.py. Dropout keeps element (i, j) of head
+// (b, h) where the first 24 bits are >= probability * 2^24.
 #pragma once
 #include "common/simd.h"
 
@@ -32,20 +32,20 @@ GPT2FAST_INLINE vi lane_index() {
   __builtin_memcpy(&x, index, sizeof x);
   return x;
 }
-struct RowDropout {
+struct RandomRow {
   uint32_t first, second;
   int32_t threshold;
-  RowDropout(const Dropout& d, i64 i)
+  RandomRow(const Dropout& d, i64 i)
       : first(scramble(d.first ^ uint32_t(i))),
         second(scramble(d.second + uint32_t(i) * 0x9e3779b9u)),
         threshold(d.threshold) {}
-  vi keep(i64 j) const {  // of keys j, j + 1, ...
+  vu words(i64 j) const {  // of keys j, j + 1, ...
     vu x = ((vu)lane_index() + uint32_t(j)) * 0x9e3779b9u + first;
     x = ((x ^ (x >> 16)) * 0x7feb352du) ^ second;
     x = (x ^ (x >> 15)) * 0x846ca68bu;
-    x ^= x >> 16;
-    return (vi)((vi)(x >> 8) >= threshold);
+    return x ^ (x >> 16);
   }
+  vi keep(i64 j) const { return (vi)((vi)(words(j) >> 8) >= threshold); }
 };
 
 }  // namespace GPT2FAST_ISA
