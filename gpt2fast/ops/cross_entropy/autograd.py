@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt2fast.backends import load
+from gpt2fast.backends import load, on_large_pages
 from gpt2fast.ops.registry import call, register, rows
 
 
@@ -58,7 +58,7 @@ def _backward(
     vocab_size: int,
     backend: str,
 ) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = on_large_pages(logits.new_empty(logits.shape))
     rest = (ignore_index, label_smoothing, z_loss, reduction, vocab_size, backend)
     _write_gradient(dloss, logits, targets, statistics, rows(dlogits), *rest)
     return dlogits
