@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gpt2fast import functional
 from gpt2fast.backends import choose
 from gpt2fast.nn import Attend, Block, LayerNorm, init_gpt2
-from gpt2fast.ops.registry import is_eager
+from gpt2fast.ops.registry import is_eager, once_differentiable
 from gpt2fast.optim import AdamW
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]

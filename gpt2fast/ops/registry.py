@@ -1,5 +1,6 @@
 """How an op is registered with PyTorch: schema, implementation, fake."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,18 @@ def register(
 def call(op: Callable[..., Any], tensor: torch.Tensor, *rest: Any) -> Any:
     """``op(tensor, *rest)``, around PyTorch's dispatcher where nothing needs it: some 15 us."""
     return (_implementations[id(op)] if is_plain(tensor, *rest) else op)(tensor, *rest)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.autograd.function.once_differentiable, of which a backward pass that is not itself
+    differentiated has no need: it costs 8 us."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def either(*arguments: Any) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(*arguments)
+
+    return either
 
 
 class _NoBackward:

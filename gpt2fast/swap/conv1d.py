@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gpt2fast.backends import choose
 from gpt2fast.ops.checks import autocast
@@ -24,7 +23,7 @@ from gpt2fast.ops.gelu.autograd import gelu_backward, gelu_forward
 from gpt2fast.ops.gelu_mlp import reference
 from gpt2fast.ops.linear.cpu import column_sum, matmul
 from gpt2fast.ops.linear.functional import suits
-from gpt2fast.ops.registry import apply, call, is_eager, rows
+from gpt2fast.ops.registry import apply, call, is_eager, once_differentiable, rows
 
 
 class _Conv1dMlp(torch.autograd.Function):

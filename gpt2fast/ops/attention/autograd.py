@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gpt2fast.backends import load
-from gpt2fast.ops.registry import call, register
+from gpt2fast.ops.registry import call, once_differentiable, register
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gpt2fast.ops.linear import cpu
-from gpt2fast.ops.registry import call, register, rows
+from gpt2fast.ops.registry import call, once_differentiable, register, rows
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
