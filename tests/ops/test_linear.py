@@ -9,7 +9,7 @@ import torch
 
 import gpt2fast
 from gpt2fast.backends import MAPPED, cpu_extension, on_large_pages
-from gpt2fast.functional import cross_entropy, linear
+from gpt2fast.functional import cross_entropy, linear, linear_cross_entropy
 from gpt2fast.ops.linear import cpu
 from tests.ops.numerics import assert_accurate, assert_compiles, assert_deterministic, compare
 
@@ -218,7 +218,9 @@ def test_big_results_are_on_large_pages() -> None:
     x, classes = torch.randn(180, 192, requires_grad=True), 50257
     weight = torch.randn(classes, 192, requires_grad=True)
     logits, targets = linear(x, weight), torch.arange(180)
-    (dlogits,) = torch.autograd.grad(cross_entropy(logits, targets), logits)
-    assert [has_large_pages(t) for t in (logits, dlogits)] == [True, True]
+    (dlogits,) = torch.autograd.grad(cross_entropy(logits, targets), logits, retain_graph=True)
+    (product,) = torch.autograd.grad(logits, weight, dlogits)
+    (fused,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), weight)
+    assert [has_large_pages(t) for t in (logits, dlogits, product, fused)] == [True] * 4
     small = torch.empty(MAPPED // 4 - 1)
     assert not has_large_pages(on_large_pages(small))

@@ -88,7 +88,7 @@ def matmul(
             return torch.mm(a, b, out=out)
         return torch.addmm(bias, a, b, out=out)
     if out is None:
-        out = a.new_empty((rows, columns))
+        out = on_large_pages(a.new_empty((rows, columns)))
     return product(a, b, bias, out, add)
 
 
@@ -122,8 +122,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool) -
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (R, C) @ weight (D, C)^T + bias (D,): (R, D)."""
-    out = on_large_pages(x.new_empty((x.shape[0], weight.shape[0])))
-    return matmul(x, weight.t(), bias, out)
+    return matmul(x, weight.t(), bias)
 
 
 def backward(
