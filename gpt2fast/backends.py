@@ -168,7 +168,7 @@ def status(name: str) -> Status:
             isa = cpu_kernels().__name__.rpartition(".")[2]
         except BackendUnavailable as error:
             return Status(False, str(error))
-        openmp = "OpenMP" if cpu_extension().openmp else "one thread only"
+        openmp = "OpenMP" if importlib.import_module("gpt2fast._cpu").openmp else "one thread only"
         return Status(True, f"C++ kernels, {isa}, {openmp}")
     if name == "triton":
         return _triton_status()
@@ -391,17 +391,6 @@ def load(op: str, backend: str) -> ModuleType:
         ) from error
 
 
-#: Bytes from which glibc maps a block anew at every allocation: then every page of it is a fault.
-MAPPED = 32 << 20
-
-
-def on_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, which is new: a big one of a CPU has large pages where the system grants them."""
-    if tensor.is_cpu and tensor.nbytes >= MAPPED and status("cpu").available:
-        cpu_extension().use_large_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
-
-
 def keep_freed_memory() -> bool:
     """Tells the C library to keep big freed blocks instead of faulting them in again every step.
 
@@ -416,4 +405,4 @@ def keep_freed_memory() -> bool:
         cpu_kernels()
     except BackendUnavailable:
         return False
-    return cpu_extension().keep_freed_memory()
+    return importlib.import_module("gpt2fast._cpu").keep_freed_memory()

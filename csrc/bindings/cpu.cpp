@@ -7,9 +7,6 @@
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #define GPT2FAST_ISA portable
 #include "declare.inc"
@@ -80,15 +77,6 @@ static bool keep_freed_memory() {
 #endif
 }
 
-// Asks for large pages in new memory that is about to be written: a fault clears 2 MB then, not 4 KB.
-static void use_large_pages(uintptr_t begin, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + uintptr_t(bytes)) / page * page;
-  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);  // a wish: a refusal changes nothing
-#endif
-}
-
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of gpt2fast; pointers and sizes as integers. Use gpt2fast.functional.";
   py::list runnable;  // instruction sets that this CPU runs, the fastest last
@@ -123,5 +111,4 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("openmp") = false;
 #endif
   module.def("keep_freed_memory", &keep_freed_memory);
-  module.def("use_large_pages", &use_large_pages);
 }

@@ -1,15 +1,13 @@
 """linear and the matrix products beneath it: the fp64 rule, blocks and edges, who computes what."""
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 import gpt2fast
-from gpt2fast.backends import MAPPED, cpu_extension, on_large_pages
-from gpt2fast.functional import cross_entropy, linear, linear_cross_entropy
+from gpt2fast.backends import cpu_extension
+from gpt2fast.functional import linear
 from gpt2fast.ops.linear import cpu
 from tests.ops.numerics import assert_accurate, assert_compiles, assert_deterministic, compare
 
@@ -196,31 +194,3 @@ def test_empty_and_wrong_input_is_torch_s() -> None:
         linear(torch.randn(64, 80), torch.randn(130, 80).double())
     with pytest.raises(RuntimeError):
         linear(torch.randn(64, 80), torch.randn(130, 80), torch.randn(7))
-
-
-def has_large_pages(tensor: torch.Tensor) -> bool:
-    """Whether the memory in the middle of `tensor` asks for large pages."""
-    place, inside = tensor.data_ptr() + tensor.nbytes // 2, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(found[1], 16) <= place < int(found[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return "hg" in line.split()
-    raise AssertionError("the tensor lies nowhere")
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(),
-    reason="the system has no transparent large pages",
-)
-def test_big_results_are_on_large_pages() -> None:
-    """What the C library maps anew at every allocation; a smaller one is left alone."""
-    x, classes = torch.randn(180, 192, requires_grad=True), 50257
-    weight = torch.randn(classes, 192, requires_grad=True)
-    logits, targets = linear(x, weight), torch.arange(180)
-    (dlogits,) = torch.autograd.grad(cross_entropy(logits, targets), logits, retain_graph=True)
-    (product,) = torch.autograd.grad(logits, weight, dlogits)
-    (fused,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), weight)
-    assert [has_large_pages(t) for t in (logits, dlogits, product, fused)] == [True] * 4
-    small = torch.empty(MAPPED // 4 - 1)
-    assert not has_large_pages(on_large_pages(small))

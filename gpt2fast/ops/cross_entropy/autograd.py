@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import load, on_large_pages
+from gpt2fast.backends import load
 from gpt2fast.ops.registry import call, once_differentiable, register, rows
 
 
@@ -57,7 +57,7 @@ def _backward(
     vocab_size: int,
     backend: str,
 ) -> Tensor:
-    dlogits = on_large_pages(logits.new_empty(logits.shape))
+    dlogits = logits.new_empty(logits.shape)
     rest = (ignore_index, label_smoothing, z_loss, reduction, vocab_size, backend)
     _write_gradient(dloss, logits, targets, statistics, rows(dlogits), *rest)
     return dlogits

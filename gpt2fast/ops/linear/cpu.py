@@ -11,12 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import (
-    BackendUnavailable,
-    cpu_extension,
-    cpu_kernels,
-    on_large_pages,
-)
+from gpt2fast.backends import BackendUnavailable, cpu_extension, cpu_kernels
 from gpt2fast.ops.registry import DTYPE_CODES
 
 LEAST_ROWS = 4  # of activations
@@ -88,7 +83,7 @@ def matmul(
             return torch.mm(a, b, out=out)
         return torch.addmm(bias, a, b, out=out)
     if out is None:
-        out = on_large_pages(a.new_empty((rows, columns)))
+        out = a.new_empty((rows, columns))
     return product(a, b, bias, out, add)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import cpu_kernels, on_large_pages
+from gpt2fast.backends import cpu_kernels
 from gpt2fast.ops.cross_entropy.cpu import count, mean_factor
 from gpt2fast.ops.linear.cpu import matmul
 from gpt2fast.ops.registry import DTYPE_CODES
@@ -80,7 +80,6 @@ def _gradients(
     dx = x.new_empty(x.shape, dtype=torch.float32) if need_dx else None
     dweight = weight.new_empty(weight.shape, dtype=torch.float32) if need_dweight else None
     if dweight is not None:
-        on_large_pages(dweight)
         if x.shape[0] == 0:
             dweight.zero_()
         dweight[vocab_size:].zero_()
