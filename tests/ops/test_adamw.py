@@ -577,7 +577,9 @@ def test_wrong_scalars() -> None:
     with pytest.raises(TypeError, match=r"step\[0\] must be torch\.float32, got torch\.int64"):
         adamw_(ONE, ONE, ONE, ONE, step=[torch.tensor(1)], lr=1e-3)
     seed = torch.tensor(1)
-    with pytest.raises(TypeError, match=r"rounding_seed is for bfloat16 parameters, but params\[0\]"):
+    with pytest.raises(
+        TypeError, match=r"rounding_seed is for bfloat16 parameters, but params\[0\]"
+    ):
         adamw_(HALF, HALF, ONE, ONE, step=1, lr=1e-3, rounding_seed=seed)
     with pytest.raises(TypeError, match=r"rounding_seed must be torch\.int64, got torch\.int32"):
         adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, rounding_seed=seed.int())
