@@ -12,8 +12,18 @@ from benchmarks import harness, report
 from gpt2fast import backends
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--keep-memory",
+        action="store_true",
+        help="the C library keeps freed memory, so that no variant pays for fresh pages (CPU)",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # our tables follow, grouped by op
+    if config.getoption("--keep-memory") and not backends.keep_freed_memory():
+        raise pytest.UsageError("--keep-memory: this C library has no such setting")
 
 
 #: Whole models beside other engines: minutes each, run where the command names the file.
@@ -30,7 +40,8 @@ def pytest_benchmark_update_machine_info(
 ) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
-    machine_info["backend"] = backends.status("cpu").detail
+    kept = ", freed memory kept" if config.getoption("--keep-memory") else ""
+    machine_info["backend"] = backends.status("cpu").detail + kept
     machine_info["platform"] = platform.platform()
 
 
