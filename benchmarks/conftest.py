@@ -16,7 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--keep-memory",
         action="store_true",
-        help="the C library keeps freed memory, so that no variant pays for fresh pages (CPU)",
+        help="the C library keeps freed memory, so that no variant pays for fresh pages (CPU; not in"
+        " whole training steps and decoding, whose processes have a setting of their own)",
     )
 
 

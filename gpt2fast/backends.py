@@ -39,7 +39,7 @@ OPS = (
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Elements of an op's fp32 input from which on a kernel of ours on a CPU is worth its call, which costs
 #: more than that of PyTorch's own op (benchmarks/NOTES.md). Not in a graph, whose sizes may be symbols.
-SMALL = {"layer_norm": 3 << 16, "gelu": 1 << 13, "attention": 1 << 12}
+SMALL = {"layer_norm": 3 << 16, "gelu": 1 << 13}
 #: Measurements of GPUs: which backend is the fastest for an op.
 SELECTED = Path(__file__).parent / "ops" / "selected"
 
@@ -322,15 +322,8 @@ def _device_of(name: str) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
-def is_small(tensor: torch.Tensor, op: str, parts: int = 1) -> bool:
-    """Whether `op` is left to PyTorch's own on its input `tensor`, of which `parts` are packed."""
-    return (
-        0 < tensor.numel() < parts * SMALL.get(op, 0)
-        and tensor.dtype == torch.float32
-        and tensor.is_cpu
-        and _forced is None
-        and not torch.compiler.is_compiling()
-    )
+def _is_small(tensor: torch.Tensor, op: str) -> bool:
+    return tensor.dtype == torch.float32 and tensor.numel() < SMALL.get(op, 0)
 
 
 def choose(tensor: torch.Tensor, op: str = "", native: bool = True) -> str:
@@ -348,7 +341,7 @@ def choose(tensor: torch.Tensor, op: str = "", native: bool = True) -> str:
             return "reference"
         if torch.compiler.is_compiling():  # a look at the cache would be a guard, which fails later
             return _choose_for(device, op)
-        if native and is_small(tensor, op):
+        if native and device == "cpu" and _is_small(tensor, op):
             return "reference"
         key = device, op, size_class(tensor.numel()) if device == "cuda" else None
         if key not in _automatic:

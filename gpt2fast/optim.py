@@ -36,7 +36,8 @@ class AdamW(torch.optim.Optimizer):
             first step is overwritten by its master at the next.
         stochastic_rounding: round bfloat16 parameters up or down at random, so that the mean is the
             exact value and small updates add up without the memory of a master. The random bits
-            depend on the parameter and the step only: a resumed run repeats them, and processes
+            depend on the step, the parameter's place among those of its group that have a gradient,
+            and the element within this process's part: a resumed run repeats them, and processes
             that hold the same parameters agree. float32 parameters are as without.
         capturable: nothing is read on the host, so that a step can be captured in a CUDA graph
             (take one before): ``state["step"]`` lies on the parameter's device, and `lr` may be a
@@ -102,8 +103,10 @@ class AdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("stochastic_rounding", False)  # in pickles there may be none
+        self.__dict__.setdefault("_seeds", {})
         super().__setstate__(state)
-        self._counters, self._seeds, self._checked, self._measured = {}, {}, {}, []
+        self._counters, self._checked, self._measured = {}, {}, []
         self._known_norm = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -280,7 +283,8 @@ class AdamW(torch.optim.Optimizer):
     def _check_capture(self, found: list[list[Tensor]]) -> None:
         if not self.capturable:
             raise RuntimeError("a step in a CUDA graph needs AdamW(..., capturable=True)")
-        if not all(self.state[p] for params in found for p in params):
+        seeded = not self.stochastic_rounding or self._seeds
+        if not seeded or not all(self.state[p] for params in found for p in params):
             raise RuntimeError(
                 "take a step before capturing one in a CUDA graph: the state of parameters is made"
                 " at their first step"

@@ -257,6 +257,21 @@ def test_what_a_cuda_graph_cannot_hold_is_refused() -> None:
     set_gradients(params, 0)
     optimizer.step()
     optimizer._check_capture([params])
+    rounding = AdamW(params, capturable=True, stochastic_rounding=True)
+    rounding.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="take a step before"):  # its seed is made there
+        rounding._check_capture([params])
+
+
+def test_a_pickle_from_before_stochastic_rounding() -> None:
+    optimizer = AdamW(groups()[0]["params"])
+    state = optimizer.__getstate__()
+    del state["stochastic_rounding"]
+    old = AdamW.__new__(AdamW)
+    old.__setstate__(state)
+    set_gradients(flat(old), 0)
+    old.step()
+    assert all(old.state[p]["step"] == 1 for p in flat(old))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -12,12 +12,7 @@ import torch.nn.functional as F
 from benchmarks.select import choices
 from gpt2fast import backends, use_backend
 from gpt2fast.backends import Status, choose
-from gpt2fast.functional import (
-    flash_attn_func,
-    flash_attn_qkvpacked_func,
-    layer_norm,
-    scaled_dot_product_attention,
-)
+from gpt2fast.functional import layer_norm
 
 GPU = "NVIDIA H200"
 
@@ -78,45 +73,6 @@ def test_small_inputs_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> No
         assert choose(few, "layer_norm") == "cpu"
     graph = torch.compile(layer_norm, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(graph(few), layer_norm(few))
-
-
-@pytest.mark.parametrize("keys", [0, 1, 3, 4])
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_of_few_tokens_is_pytorch_s(
-    monkeypatch: pytest.MonkeyPatch, keys: int, causal: bool
-) -> None:
-    """With the values and gradients of the specification; one query of many keys is not small."""
-    seen = []
-    pytorch_s = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(1) or pytorch_s(*a, **k)
-    )
-    monkeypatch.setattr(backends, "SMALL", {"attention": 2 * 4 * 3 * 8 + 1})
-    q, k, v = (torch.randn(2, n, 3, 8, requires_grad=True) for n in (4, keys, keys))
-    packed = torch.randn(2, 4, 3, 3, 8, requires_grad=True)
-
-    def results() -> list[torch.Tensor]:
-        turned = (t.transpose(1, 2) for t in (q, k, v))
-        found = [
-            scaled_dot_product_attention(*turned, is_causal=causal, scale=0.3).transpose(1, 2),
-            flash_attn_qkvpacked_func(packed, causal=causal, softmax_scale=0.3),
-            flash_attn_func(q, k, v, causal=causal, softmax_scale=0.3),
-        ]
-        assert all(y.is_contiguous() for y in found) or not seen
-        total = sum((y * torch.arange(y.numel()).cos().view(y.shape)).sum() for y in found)
-        return [*found, *torch.autograd.grad(total, (q, k, v, packed))]
-
-    with use_backend("reference"):
-        expected = results()
-    assert not seen
-    for mine, theirs in zip(results(), expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
-    # where there is no key, and where causal counts from the end of fewer keys, it is ours
-    assert len(seen) == 1 + (keys > 0) + (keys > 0 and (keys == 4 or not causal))
-    seen.clear()
-    flash_attn_func(q[:, :1], *torch.randn(2, 2, 99, 3, 8))
-    flash_attn_qkvpacked_func(torch.randn(2, 5, 3, 3, 8))
-    assert not seen
 
 
 def test_choices_from_a_run() -> None:

@@ -12,6 +12,7 @@ import gpt2fast
 from gpt2fast.backends import status
 from gpt2fast.functional import adamw_, global_norm
 from gpt2fast.ops.adamw import autograd
+from gpt2fast.ops.random import random_words
 from tests.ops.numerics import DTYPES, assert_deterministic, compare, device_of
 
 SHAPES = ((768, 33), (1,), (5,), (0, 3), (1025,), (17, 16), (3, 1, 7), ())
@@ -466,15 +467,17 @@ def test_stochastic_rounding_has_the_same_bits_everywhere(backend: str, on_devic
         assert torch.equal(p, q), i
 
 
-@pytest.mark.parametrize("share", [0.0, 1 / 65536, 0.25, 0.5, 0.9, 65535 / 65536])
+@pytest.mark.parametrize("share", [0.0, 1 / 65536, 0.25, 0.5, 0.875, 65535 / 65536])
 def test_stochastic_rounding_is_unbiased(backend: str, share: float) -> None:
-    """Above 1 a step of `share` places goes down with this probability, exactly one place."""
+    """Above 1 a step of `share` places goes down one place with this probability: where 16 bits
+    that are alike likely are below it."""
     count, place = 200_000, 2.0**-7
-    ((p,),) = (rounded(backend, [torch.full((count,), 1.5, dtype=torch.bfloat16)], share * place),)
-    down = (p == 1.5 - place).double()
-    assert ((p == 1.5) | (down == 1)).all()
-    deviation = math.sqrt(share * (1 - share) / count)
-    assert abs(down.mean() - share) <= 5 * deviation
+    (p,) = rounded(backend, [torch.full((count,), 1.5, dtype=torch.bfloat16)], share * place)
+    zero, step = torch.zeros((), dtype=torch.int64), torch.tensor(3)
+    words = random_words(torch.tensor(5), step, zero, zero, torch.arange(count))
+    assert torch.equal(p, torch.where(words >> 16 < share * 65536, 1.5 - place, 1.5).bfloat16())
+    down = (p < 1.5).double()
+    assert abs(down.mean() - share) <= 5 * math.sqrt(share * (1 - share) / count)
 
 
 def test_stochastic_rounding_draws_anew(backend: str) -> None:
@@ -583,6 +586,10 @@ def test_wrong_scalars() -> None:
         adamw_(HALF, HALF, ONE, ONE, step=1, lr=1e-3, rounding_seed=seed)
     with pytest.raises(TypeError, match=r"rounding_seed must be torch\.int64, got torch\.int32"):
         adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, rounding_seed=seed.int())
+    with pytest.raises(TypeError, match=r"rounding_seed must be a torch\.Tensor, got int"):
+        adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, rounding_seed=5)
+    with pytest.raises(TypeError, match=r"grad_scale must be a torch\.Tensor, got float"):
+        adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, grad_scale=0.5)
     with pytest.raises(ValueError, match=r"rounding_seed must have shape \(\)"):
         adamw_(ONE, ONE, ONE, ONE, step=1, lr=1e-3, rounding_seed=seed[None])
     with pytest.raises(ValueError, match="rounding_seed is on meta"):

@@ -62,7 +62,8 @@ def adamw_(
             stochastically, to one of the two numbers around the new value with probabilities that
             make it the mean, so that small updates add up without masters. The random bits are a
             hash of the seed, the step, the parameter's place in `params` and the element: the same
-            on every backend, and others at every step. float32 parameters are as without.
+            on every backend (to step 2^24, where fp32 stops counting), and others at every step.
+            float32 parameters are as without.
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
@@ -145,14 +146,19 @@ def check_adamw(
             check_same_device(t_name, t, p_name, p)
             if t.dtype != torch.float32:
                 raise TypeError(f"{t_name} must be torch.float32, got {t.dtype}")
-    for name, scalar in (("grad_scale", grad_scale), ("lr", lr), ("rounding_seed", rounding_seed)):
-        if isinstance(scalar, Tensor):
-            if scalar is not rounding_seed:
-                check_floating(name, scalar)
-            elif scalar.dtype != torch.int64:
-                raise TypeError(f"rounding_seed must be torch.int64, got {scalar.dtype}")
-            check_shape(name, scalar, (), "a scalar")
-            check_same_device(name, scalar, "params[0]", params[0])
+    given = {"grad_scale": grad_scale, "rounding_seed": rounding_seed}
+    if isinstance(lr, Tensor):
+        given["lr"] = lr
+    for name, scalar in given.items():
+        if scalar is None:
+            continue
+        check_tensor(name, scalar)
+        check_shape(name, scalar, (), "a scalar")
+        check_same_device(name, scalar, "params[0]", params[0])
+        if name != "rounding_seed":
+            check_floating(name, scalar)
+        elif scalar.dtype != torch.int64:
+            raise TypeError(f"rounding_seed must be torch.int64, got {scalar.dtype}")
 
 
 def run_adamw(

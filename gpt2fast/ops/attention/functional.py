@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import choose, is_small
+from gpt2fast.backends import choose
 from gpt2fast.ops.attention import autograd, reference
 from gpt2fast.ops.checks import (
     autocast,
@@ -57,10 +57,8 @@ def _attention(
     scale: float | None,
     dropout_p: float,
 ) -> Tensor:
-    if dropout_p == 0 and not diagonal and is_small(q, "attention") and is_small(k, "attention"):
-        return _of_few_tokens(q, k, v, diagonal, scale)
     seed = dropout_seed(dropout_p, q.device)
-    backend = choose(q, "attention", native=False)
+    backend = choose(q, "attention")
     if backend == "reference":
         return reference.attention(q, k, v, diagonal, scale, dropout_p, seed)
     options = (diagonal, scale, dropout_p, seed, backend)
@@ -68,17 +66,6 @@ def _attention(
         return apply(autograd.Attention, q, k, v, *options)
     # Without the Function a decoding step takes a third less time.
     return call(autograd.attention_forward, q, k, v, *options)[0]
-
-
-def _of_few_tokens(
-    q: Tensor, k: Tensor, v: Tensor, diagonal: int | None, scale: float | None
-) -> Tensor:
-    """PyTorch's own op on (B, T, H, D), with a diagonal of 0 or none."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=diagonal == 0, scale=scale
-    )
-    return y.transpose(1, 2).contiguous()
 
 
 def scaled_dot_product_attention(
@@ -188,12 +175,9 @@ def flash_attn_qkvpacked_func(
     check_dropout(dropout_p)
     check_number("softmax_scale", softmax_scale, optional=True)
     (qkv,) = autocast(qkv)  # type: ignore[assignment]
-    diagonal = 0 if causal else None
-    if dropout_p == 0 and is_small(qkv, "attention", parts=3):
-        q, k, v = qkv.unbind(2)
-        return _of_few_tokens(q, k, v, diagonal, softmax_scale)
     seed = dropout_seed(dropout_p, qkv.device)
-    backend = choose(qkv, "attention", native=False)
+    diagonal = 0 if causal else None
+    backend = choose(qkv, "attention")
     if backend == "reference":
         q, k, v = qkv.unbind(2)
         return reference.attention(q, k, v, diagonal, softmax_scale, dropout_p, seed)
@@ -269,7 +253,7 @@ def flash_attn_varlen_func(
     check_number("softmax_scale", softmax_scale, optional=True)
     both = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     seed = dropout_seed(dropout_p, q.device)
-    backend = choose(q, "attention", native=False)
+    backend = choose(q, "attention")
     options = (max_seqlen_q, max_seqlen_k, causal, softmax_scale, dropout_p, seed)
     if backend == "reference":
         return reference.varlen_attention(q, k, v, both[0], both[1], *options)
