@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,9 +147,14 @@ def cache_path(index: int) -> Path:
 @functools.cache
 def _table(index: int) -> dict[str, Any]:
     path = cache_path(index)
-    shipped = SHIPPED / path.name
-    found = [json.loads(file.read_text()) for file in (shipped, path) if file.exists()]
-    return {name: entry for table in found for name, entry in table.items()}
+    table: dict[str, Any] = {}
+    for file in (SHIPPED / path.name, path):
+        if file.exists():
+            try:
+                table |= json.loads(file.read_text())
+            except ValueError as error:
+                warnings.warn(f"{file} is left out, it is damaged: {error}", stacklevel=2)
+    return table
 
 
 def tuned(
@@ -164,14 +170,16 @@ def tuned(
     With ``GPT2FAST_AUTOTUNE=1``, `run` is timed once per key over `rule` and the `candidates` that
     compile; the best is kept on disk (``GPT2FAST_CACHE_DIR``, default ~/.cache/gpt2fast) and used
     from then on. Without it nothing is timed: what is on disk serves, else the rule.
-    Configurations are dataclasses. `run` may be called many times and must not change its inputs.
+    Configurations are dataclasses; an entry with other fields, of another version, counts as none.
+    `run` may be called many times and must not change its inputs.
     """
     if INTERPRETED or _recorded is not None:
         return rule
     index = tensor.device.index
     table, name = _table(index), f"{op} {' '.join(str(k) for k in key)}"
-    if name in table:
-        return dataclasses.replace(rule, **table[name]["config"])  # type: ignore[type-var]
+    kept = table.get(name, {}).get("config", {})
+    if kept and kept.keys() <= dataclasses.asdict(rule).keys():  # type: ignore[call-overload]
+        return dataclasses.replace(rule, **kept)  # type: ignore[type-var]
     if os.environ.get("GPT2FAST_AUTOTUNE") != "1" or torch.cuda.is_current_stream_capturing():
         return rule
     times = {config: _milliseconds(run, config) for config in (rule, *candidates)}
@@ -181,7 +189,10 @@ def tuned(
         "milliseconds": times[best],
         "by the rule": times[rule],
     }
-    _save(cache_path(index), table)
+    try:
+        _save(cache_path(index), table)
+    except OSError as error:
+        warnings.warn(f"what was tuned is not kept for the next run: {error}", stacklevel=2)
     return best
 
 
