@@ -62,9 +62,13 @@ class Two:
         for end in self._ends:
             end.send((function, args, keywords))
         found = []
-        for end in self._ends:
+        for end, process in zip(self._ends, self._processes, strict=True):
             assert end.poll(SECONDS), "a process hangs"
-            found.append(end.recv())
+            try:
+                found.append(end.recv())
+            except EOFError:
+                process.join(10)
+                raise RuntimeError(f"a process ended with exit code {process.exitcode}") from None
         return [value for _, value in found]
 
     def __call__(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> list[Any]:
@@ -75,8 +79,12 @@ class Two:
                 raise value
         return found
 
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
     def close(self) -> None:
-        for end in self._ends:
+        for end in self._ends if self.alive else ():
             end.send(None)
         for process in self._processes:
             process.join(10)
