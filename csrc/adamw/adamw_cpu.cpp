@@ -105,7 +105,7 @@ void adamw_step(uintptr_t table, i64 tensors, uintptr_t grad_scale, uintptr_t se
       const i64* r = row(t);
       with_dtype(int(r[6]), [&](auto type) {
         using T = decltype(type);
-        const RandomRow random(head_dropout(0.0, seed ? *(const i64*)seed : 0, i64(step), r[7]), 0);
+        const RandomRow random(seed ? *(const i64*)seed : 0, i64(step), r[7], 0);
         update((T*)r[0], (const T*)r[1], (float*)r[2], (float*)r[3], (float*)r[4], low, high - low, u,
                seed ? &random : nullptr);
       });

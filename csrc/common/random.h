@@ -39,6 +39,7 @@ struct RandomRow {
       : first(scramble(d.first ^ uint32_t(i))),
         second(scramble(d.second + uint32_t(i) * 0x9e3779b9u)),
         threshold(d.threshold) {}
+  RandomRow(i64 seed, i64 b, i64 h, i64 i) : RandomRow(head_dropout(0.0, seed, b, h), i) {}  // for its words
   vu words(i64 j) const {  // of keys j, j + 1, ...
     vu x = ((vu)lane_index() + uint32_t(j)) * 0x9e3779b9u + first;
     x = ((x ^ (x >> 16)) * 0x7feb352du) ^ second;

@@ -423,7 +423,7 @@ def test_compiles(backend: str) -> None:
         assert torch.equal(eager, graph)
 
 
-# Half a step of lr 2^-9 off a bf16 number in [1, 2), and a quarter: all arithmetic is exact.
+# With these, gradients of 1 take lr off parameters, whatever they were: in one rounding to fp32.
 EXACT = {"beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
 
 
@@ -532,11 +532,11 @@ def test_stochastic_rounding_keeps_what_half_precision_would_lose(backend: str) 
 @pytest.mark.parametrize("scale", [None, 0.37])
 def test_stochastic_rounding_rounds_the_right_number(backend: str, scale: float | None) -> None:
     """Parameters are neighbours of the exact ones, moments as without."""
-    start, gradients = draw(torch.bfloat16, 3)
-    truth = train(start, gradients[:1], "reference", torch.float64, scale)
-    plain = train(start, gradients[:1], backend, torch.bfloat16, scale)
+    start, gradients = draw(torch.bfloat16, 1)
+    truth = train(start, gradients, "reference", torch.float64, scale)
+    plain = train(start, gradients, backend, torch.bfloat16, scale)
     seed = torch.tensor(11, device=device_of(backend))
-    found = train(start, gradients[:1], backend, torch.bfloat16, scale, rounding_seed=seed)
+    found = train(start, gradients, backend, torch.bfloat16, scale, rounding_seed=seed)
     assert any(not torch.equal(p, q) for p, q in zip(plain[0], found[0], strict=True))
     for m, n in zip(chain(*plain[1:3]), chain(*found[1:3]), strict=True):
         assert torch.equal(m, n)

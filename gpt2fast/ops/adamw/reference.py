@@ -18,10 +18,9 @@ def round_stochastically(x: Tensor, seed: Tensor, step: float | Tensor, place: i
     and the rest is cut off. Element e of the tensor at `place` has the bits of the word (seed, step,
     place, 0, e mod 2^32); elements are counted in row-major order.
     """
-    device = x.device
-    elements = torch.arange(x.numel(), device=device).view(x.shape) & 0xFFFFFFFF
-    row = torch.as_tensor(step, device=device).long(), torch.tensor(place, device=device)
-    words = random_words(seed, *row, torch.zeros_like(row[1]), elements)
+    elements = torch.arange(x.numel(), device=x.device).view(x.shape) & 0xFFFFFFFF
+    number, tensor, zero = (torch.as_tensor(n, device=x.device).long() for n in (step, place, 0))
+    words = random_words(seed, number, tensor, zero, elements)
     bits = (x.view(torch.int32) + (words >> 16).int()) & -(1 << 16)
     return torch.where(x.isnan(), x, bits.view(torch.float32))
 
