@@ -66,36 +66,36 @@ def _modeling() -> Any:
 def attention(
     self: Any,
     hidden_states: Tensor,
-    past_key_values: Any = None,
+    cache: Any = None,
     *args: Any,
     attention_mask: Tensor | None = None,
+    past_key_values: Any = None,  # the cache's name before transformers 5.24
     **kwargs: Any,
 ) -> Any:
     """GPT2Attention.forward on packed qkv."""
+    cache = past_key_values if cache is None else cache
     rows = None if attention_mask is None else _unpadded(attention_mask, hidden_states)
     if (
         args
         or (attention_mask is not None and rows is None)
         or self.config._attn_implementation != "sdpa"
         or torch.jit.is_tracing()
-        or hasattr(past_key_values, "self_attention_cache")  # of an encoder-decoder
+        or hasattr(cache, "self_attention_cache")  # of an encoder-decoder
         or any(name not in _HARMLESS and value for name, value in _present(kwargs))
     ):
-        if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
-        return original(self, hidden_states, *args, **kwargs)
+        return original(self, hidden_states, cache, *args, **kwargs)
     batch, length, _ = hidden_states.shape
     qkv = _project(self.c_attn, hidden_states)
     qkv = qkv.view(batch, length, 3, self.num_heads, self.head_dim)
     dropout = self.attn_dropout.p if self.training else 0.0
     scale = getattr(self, "scaling", None)  # 4.57: SDPA's own, 1 / sqrt(head size)
     packed = True
-    if past_key_values is not None:
+    if cache is not None:
         query, key, value = qkv.unbind(2)
         at = kwargs.get("cache_position")  # 4.57: a cache of fixed size has to be told
-        key, value = past_key_values.update(
+        key, value = cache.update(
             key.transpose(1, 2),
             value.transpose(1, 2),
             self.layer_idx,
