@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import convergence, report
-from gpt2fast import backends, functional
+from gpt2fast import backends, functional, nn
 
 ROOT = Path(__file__).parents[1]
 PAGES = Path(__file__).parent / "pages"
@@ -30,8 +30,10 @@ SOURCES = {
     "cuda": ("CUDA C++ for NVIDIA GPUs", "gpt2fast/ops/{0}/cuda.py", "csrc/{0}/{0}*.cu"),
     "cublaslt": ("NVIDIA's library, never the default unmeasured", "gpt2fast/ops/{0}/cublaslt.py"),
 }
-#: The ops that have a page; `linear` has kernels for the CPU only.
-OPS = (*backends.OPS, "linear")
+#: The ops that have a page; the last two have kernels for the CPU only.
+OPS = (*backends.OPS, "linear", "block")
+#: Ops without a function of their own: the module that runs on them.
+MODULES: dict[str, Callable[..., Any]] = {"block": nn.Block}
 #: What a page says of an op, in this order.
 SECTIONS = ("Functions", "Reference", "Backends", "Kernels", "Bytes and FLOPs", "Measured speed")
 
@@ -51,7 +53,9 @@ def page(op: str) -> str:
 
 
 def functions(op: str) -> list[Callable[..., Any]]:
-    """The public functions of an op."""
+    """The public functions of an op, or its module."""
+    if op in MODULES:
+        return [MODULES[op]]
     public = (getattr(functional, name) for name in functional.__all__)
     return [one for one in public if one.__module__ == f"gpt2fast.ops.{op}.functional"]
 
@@ -63,7 +67,8 @@ def function_text(function: Callable[..., Any]) -> str:
         + ("" if parameter.default is parameter.empty else f"={parameter.default!r}")
         for parameter in inspect.signature(function).parameters.values()
     )
-    signature = f"gpt2fast.functional.{function.__name__}({arguments})"
+    room = "nn" if inspect.isclass(function) else "functional"
+    signature = f"gpt2fast.{room}.{function.__name__}({arguments})"
     text = fenced(f"{signature}\n\n{inspect.getdoc(function)}")
     return f"### {function.__name__}\n\n{text}"
 

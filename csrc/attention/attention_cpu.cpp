@@ -31,7 +31,7 @@ namespace GPT2FAST_ISA {
 constexpr i64 DIRECT = 4;
 constexpr i64 KIN = 2 * MR;  // queries that share a mean key, see QueryGradient
 // Multiply-adds below which a second thread costs more than it brings; where k and v are read once, memory counts.
-constexpr i64 UNIT_WORK = 1 << 16, DIRECT_WORK = 1 << 14;
+constexpr i64 UNIT_WORK = 1 << 18, DIRECT_WORK = 1 << 14;
 // Queries and keys in a block. BK x 64 floats, one operand of every product, stay in the first cache; the mean keys of
 // BQ queries are one row of tiles.
 constexpr i64 BQ = KIN * MR, BK = 96;

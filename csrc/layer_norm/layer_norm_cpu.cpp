@@ -19,7 +19,8 @@
 namespace gpt2fast {
 namespace GPT2FAST_ISA {
 
-constexpr i64 ROW_GRAIN = 8;  // rows below which a second thread costs more than it brings
+constexpr i64 ELEMENT_GRAIN = 6144;  // elements below which a second thread costs more than it brings
+GPT2FAST_INLINE i64 row_grain(i64 columns) { return (ELEMENT_GRAIN + columns - 1) / columns; }
 
 template <class T>
 static void forward_rows(const T* x, i64 x_stride, const T* residual, i64 residual_stride, const float* w,
@@ -84,7 +85,7 @@ void layer_norm_forward(uintptr_t x, i64 x_stride, uintptr_t residual, i64 resid
   const Dropout mask = head_dropout(dropout, seed, 0, 0);
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    parallel_shares(rows, ROW_GRAIN, threads, [&](int, i64 begin, i64 end) {
+    parallel_shares(rows, row_grain(columns), threads, [&](int, i64 begin, i64 end) {
       forward_rows((const T*)x, x_stride, (const T*)residual, residual_stride, (const float*)weight,
                    (const float*)bias, (T*)sum, (T*)y, (float*)mean, (float*)rstd, begin, end, columns, eps,
                    dropout > 0.0 ? &mask : nullptr);
@@ -146,7 +147,7 @@ void layer_norm_backward(uintptr_t dy, i64 dy_stride, uintptr_t dsum, i64 dsum_s
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     const bool parameters = workspace != 0;
-    parallel_shares(rows, ROW_GRAIN, threads, [&](int share, i64 begin, i64 end) {
+    parallel_shares(rows, row_grain(columns), threads, [&](int share, i64 begin, i64 end) {
       float* partial = (float*)workspace + share * 4 * columns;
       const auto run = parameters ? (dx ? backward_rows<T, true, true> : backward_rows<T, false, true>)
                                   : backward_rows<T, true, false>;
@@ -155,7 +156,7 @@ void layer_norm_backward(uintptr_t dy, i64 dy_stride, uintptr_t dsum, i64 dsum_s
     });
   });
   if (!workspace) return;
-  const int used = share_count(rows, ROW_GRAIN, threads);
+  const int used = share_count(rows, row_grain(columns), threads);
   const float* partials = (const float*)workspace;
   float *dw = (float*)dweight, *db = (float*)dbias;
   for_columns(columns, [&](i64 c, i64 n) {
@@ -175,7 +176,7 @@ void dropout_rows(uintptr_t ds, uintptr_t dx, i64 rows, i64 columns, double drop
   const Dropout mask = head_dropout(dropout, seed, 0, 0);
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    parallel_shares(rows, ROW_GRAIN, threads, [&](int, i64 begin, i64 end) {
+    parallel_shares(rows, row_grain(columns), threads, [&](int, i64 begin, i64 end) {
       for (i64 r = begin; r < end; ++r) {
         const RandomRow row(mask, r);
         const T* from = (const T*)ds + r * columns;

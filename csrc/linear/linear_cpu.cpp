@@ -11,7 +11,7 @@
 //             dozen times. So there the block is made of x, and weights are packed by small groups, as they are met: y
 //             is computed as its transpose, and turned when stored. With more rows than depth it is not worth it.
 //   moves     a weight once from memory for 256 rows of x; 2 rows columns depth operations.
-//   work      The broadcast side (`length`: columns of C where it is turned, else rows) goes in groups of GROUP; units
+//   work      The broadcast side (`length`: columns of C where it is turned, else rows) goes in groups of at most GROUP; units
 //             are (block of the packed side, group) in order, shared out evenly. A thread packs its own blocks.
 //             Sums run over DEPTH numbers, then over those sums in order: the same bits for any number of threads.
 #include "common/tile.h"
@@ -21,11 +21,18 @@
 namespace gpt2fast {
 namespace GPT2FAST_ISA {
 
-constexpr i64 GROUP = 96, DEPTH = 256;
-static_assert(GROUP % MR == 0 && GROUP % VL == 0, "groups are whole tiles");
+constexpr i64 GROUP = 96, GROUP_STEP = VL == 16 ? 16 : 24, DEPTH = 256;
+static_assert(GROUP % GROUP_STEP == 0 && GROUP_STEP % MR == 0 && GROUP_STEP % VL == 0, "groups are whole tiles");
 
 // Whether C is computed as its transpose.
 static bool turned(i64 rows, i64 depth, bool b_across) { return b_across && rows <= depth; }
+
+// Multiplications below which a second thread costs more than it brings.
+constexpr i64 PRODUCT_GRAIN = 1 << 18;
+static int useful_threads(i64 rows, i64 columns, i64 depth, int threads) {
+  const i64 useful = 1 + rows * columns * depth / PRODUCT_GRAIN;
+  return useful < threads ? int(useful) : threads;
+}
 
 struct Blocks {
   i64 packed;  // columns of the packed side in a block: these times DEPTH stay in the second cache
@@ -39,6 +46,14 @@ struct Blocks {
     }
   }
 };
+
+// The size of groups of the broadcast side: GROUP, or less, so that units come out even for few of them.
+static i64 group_size(i64 length, i64 blocks, int threads) {
+  i64 groups = (length + GROUP - 1) / GROUP;
+  if (blocks * groups >= 8 * threads) return GROUP;
+  while (blocks * groups % threads) ++groups;
+  return smaller(GROUP, up((length + groups - 1) / groups, GROUP_STEP));
+}
 
 struct MatmulSpace {
   float *panels, *group, *out;
@@ -55,6 +70,7 @@ struct MatmulSpace {
 
 i64 matmul_workspace(i64 rows, i64 columns, i64 depth, bool a_across, bool b_across, int threads) {
   const bool turn = turned(rows, depth, b_across);
+  threads = useful_threads(rows, columns, depth, threads);
   return threads * MatmulSpace(nullptr, Blocks(a_across, turn, columns, depth, threads), turn ? rows : columns).floats;
 }
 
@@ -137,7 +153,7 @@ static void multiply_group(i64 depth, const float* a, i64 count, const float* pa
     for (i64 r = 0; r < count; r += MR) {
       float* to = c + r * c_stride + x;
       if (turned)
-        for (i64 i = r / MR; i < NR && x + i < columns; i += GROUP / MR)
+        for (i64 i = r / MR; i < NR && x + i < columns; i += (count + MR - 1) / MR)
           for (i64 j = 0; j < count; j += 16) __builtin_prefetch(turned + (x + i) * turned_stride + j, 1, 2);
       else
         for (int i = 0; i < MR; ++i) __builtin_prefetch(to + i * c_stride, 1, 3);
@@ -161,11 +177,13 @@ void matmul(uintptr_t a, i64 a_stride, bool a_across, uintptr_t b, i64 b_stride,
             int threads) {
   // S: the broadcast side (length x depth, or across); P: the packed one.
   const bool turn = turned(rows, depth, b_across);
+  threads = useful_threads(rows, columns, depth, threads);
   const float *s = (const float*)(turn ? b : a), *p = (const float*)(turn ? a : b);
   const i64 s_stride = turn ? b_stride : a_stride, p_stride = turn ? a_stride : b_stride;
   const i64 length = turn ? columns : rows, packed = turn ? rows : columns;
   const Blocks blocks(a_across, turn, columns, depth, threads);
-  const i64 groups = (length + GROUP - 1) / GROUP, all = (packed + blocks.packed - 1) / blocks.packed;
+  const i64 all = (packed + blocks.packed - 1) / blocks.packed;
+  const i64 group = group_size(length, all, threads), groups = (length + group - 1) / group;
   const i64 floats = MatmulSpace(nullptr, blocks, packed).floats;
   parallel_shares(all * groups, 1, threads, [&](int share, i64 begin, i64 end) {
     const MatmulSpace space((float*)workspace + share * floats, blocks, packed);
@@ -182,7 +200,7 @@ void matmul(uintptr_t a, i64 a_stride, bool a_across, uintptr_t b, i64 b_stride,
             pack_columns(p + (start + k0) * p_stride + p0, p_stride, kept, width, space.panels + k0 * wide);
         }
         for (i64 g = unit - block * groups; g < last - block * groups; ++g) {
-          const i64 r0 = g * GROUP, count = smaller(GROUP, length - r0);
+          const i64 r0 = g * group, count = smaller(group, length - r0);
           const bool more = add || start > 0;
           float* place = (float*)c + (turn ? p0 * c_stride + r0 : r0 * c_stride + p0);
           for (i64 k0 = 0; k0 < deep; k0 += DEPTH) {

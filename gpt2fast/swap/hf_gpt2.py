@@ -18,7 +18,9 @@ forward where not:
 
 from __future__ import annotations
 
+import functools
 import importlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 from gpt2fast import functional
 from gpt2fast.backends import keep_freed_memory
+from gpt2fast.nn import is_plain
 from gpt2fast.swap.conv1d import conv1d, conv1d_gelu_mlp
 from gpt2fast.swap.lazy_logits import lazy_head
 from gpt2fast.swap.proof import is_tanh_gelu
@@ -38,7 +41,6 @@ from gpt2fast.swap.report import (
     bind,
     bound,
     fast_forward,
-    is_plain,
     obstacle,
     original,
 )
@@ -47,6 +49,11 @@ from gpt2fast.swap.report import (
 _HARMLESS = frozenset(
     {"use_cache", "position_ids", "cache_position", "output_hidden_states", "return_dict"}
     | {"encoder_attention_mask", "num_items_in_batch"}
+)
+#: Those that ask for what our attention does not do.
+_THEIRS = frozenset(
+    {"encoder_hidden_states", "output_attentions", "head_mask"}
+    | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 )
 #: Of transformers, filled when it is imported.
 _CLASSES: dict[str, Any] = {}
@@ -83,6 +90,7 @@ def attention(
         or hasattr(cache, "self_attention_cache")  # of an encoder-decoder
         or any(name not in _HARMLESS and value for name, value in _present(kwargs))
     ):
+        _warn_of_unknown(frozenset(name for name, value in _present(kwargs) if value))
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         return original(self, hidden_states, cache, *args, **kwargs)
@@ -113,6 +121,17 @@ def attention(
         out = functional.flash_attn_func(query, key, value, dropout, scale, causal=length > 1)
     out = _project(self.c_proj, out.reshape(batch, length, -1))
     return self.resid_dropout(out), None
+
+
+@functools.cache
+def _warn_of_unknown(names: frozenset[str]) -> None:
+    """Says once that a version of transformers asks for something that we have not heard of."""
+    if unknown := names - _HARMLESS - _THEIRS:
+        warnings.warn(
+            f"transformers gives GPT2Attention.forward {', '.join(sorted(unknown))}, which this version"
+            " of gpt2fast does not know: its attention leaves such calls to transformers' own",
+            stacklevel=4,
+        )
 
 
 def _project(module: Any, x: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from gpt2fast import functional
-from gpt2fast.swap.report import fast_forward, has_hooks, original
+from gpt2fast.nn import has_hooks
+from gpt2fast.swap.report import fast_forward, original
 
 _transforms_active = torch._C._are_functorch_transforms_active
 

@@ -89,23 +89,6 @@ def revert(module: nn.Module) -> int:
     return count
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something happens around the forward of `module`."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether calling `module` does nothing but the forward of class `kind`: no subclass (LoRA,
-    quantised, parametrised), no hooks, no forward of its own. Asked at every call, since hooks and
-    adapters may come later."""
-    return type(module) is kind and not has_hooks(module) and "forward" not in module.__dict__
-
-
 @dataclass(frozen=True)
 class Entry:
     """One module and what became of it: `reason` says why it was left alone, or what to know.

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2fast import functional
 from gpt2fast.backends import KERNEL_DTYPES
+from gpt2fast.nn import is_plain
 from gpt2fast.swap import hf_gpt2
 from gpt2fast.swap.hf_gpt2 import LOSS_NOTE, layer_norm, why_not_head
 from gpt2fast.swap.lazy_logits import LazyLogits, lazy_head
@@ -31,7 +32,6 @@ from gpt2fast.swap.report import (
     bind,
     bound,
     fast_forward,
-    is_plain,
     obstacle,
     original,
     plan,
