@@ -39,7 +39,7 @@ OPS = (
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Elements of an op's fp32 input from which on a kernel of ours on a CPU is worth its call, which costs
 #: more than that of PyTorch's own op (benchmarks/NOTES.md). Not in a graph, whose sizes may be symbols.
-SMALL = {"layer_norm": 3 << 16, "gelu": 1 << 13}
+SMALL = {"layer_norm": 1 << 17, "gelu": 1 << 11}
 #: Measurements of GPUs: which backend is the fastest for an op.
 SELECTED = Path(__file__).parent / "ops" / "selected"
 
@@ -108,6 +108,32 @@ def cpu_kernels() -> Any:
             f"GPT2FAST_CPU_ISA={isa}, but this CPU and build run {', '.join(extension.runnable)}"
         )
     return getattr(extension, isa)
+
+
+@functools.cache
+def tensor_kernels() -> Any | None:
+    """The C++ kernels on PyTorch's tensors (csrc/bindings/tensors.h): one call of C++ for what takes
+    many of Python. None where they cannot be: everything works without them."""
+    interface = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if interface is None:
+        return None
+    try:
+        kernels = cpu_kernels().tensors
+    except BackendUnavailable:
+        return None
+    known = cpu_extension().connect(
+        interface,
+        (torch.Tensor, torch.nn.Parameter),
+        (torch.empty_like, torch.get_num_threads, torch.is_grad_enabled),
+        (
+            torch._C._are_functorch_transforms_active,
+            torch._C._len_torch_dispatch_stack,
+            torch._C._is_any_autocast_enabled,
+            torch.autograd._profiler_enabled,
+        ),
+        torch.autograd.forward_ad,
+    )
+    return kernels if known else None
 
 
 @functools.cache
@@ -320,6 +346,18 @@ def _device_of(name: str) -> str:
         or (name == "cuda" and not cuda_kernels().emulated)
     )
     return "cuda" if on_gpu else "cpu"
+
+
+def native() -> Any | None:
+    """`tensor_kernels`, where the next call may run on them as far as its arguments allow."""
+    if torch.compiler.is_compiling() or _forced not in (None, "cpu"):
+        return None
+    return tensor_kernels()
+
+
+def least(op: str) -> int:
+    """Elements of an op's fp32 input below which PyTorch's own op is taken on a CPU."""
+    return SMALL.get(op, 0) if _forced is None else 0
 
 
 def _is_small(tensor: torch.Tensor, op: str) -> bool:

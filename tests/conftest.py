@@ -43,10 +43,10 @@ def cpu_isa(name: str) -> Iterator[None]:
         pytest.fail(f"the C++ kernels are not built: {backends.status('cpu').detail}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT2FAST_CPU_ISA", name)
-        for cached in (backends.cpu_kernels, backends.status):
+        for cached in (backends.cpu_kernels, backends.tensor_kernels, backends.status):
             cached.cache_clear()
         yield
-    for cached in (backends.cpu_kernels, backends.status):
+    for cached in (backends.cpu_kernels, backends.tensor_kernels, backends.status):
         cached.cache_clear()
 
 

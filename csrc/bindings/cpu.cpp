@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "bindings/tensors.h"
+
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
@@ -111,4 +113,5 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("openmp") = false;
 #endif
   module.def("keep_freed_memory", &keep_freed_memory);
+  module.def("connect", &gpt2fast::tensors::connect);
 }

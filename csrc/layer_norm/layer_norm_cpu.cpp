@@ -22,49 +22,64 @@ namespace GPT2FAST_ISA {
 constexpr i64 ELEMENT_GRAIN = 6144;  // elements below which a second thread costs more than it brings
 GPT2FAST_INLINE i64 row_grain(i64 columns) { return (ELEMENT_GRAIN + columns - 1) / columns; }
 
+// What x is once it is stored, and stores it.
+GPT2FAST_INLINE vf stored(float* p, vf x, i64 n) {
+  store_at(p, x, n);
+  return x;
+}
+template <class T>
+GPT2FAST_INLINE vf stored(T* p, vf x, i64 n) {
+  store_at(p, x, n);
+  return load_at(p, n);
+}
+
 template <class T>
 static void forward_rows(const T* x, i64 x_stride, const T* residual, i64 residual_stride, const float* w,
                          const float* b, T* sum, T* y, float* mean, float* rstd, i64 begin, i64 end,
                          i64 columns, float eps, const Dropout* dropout) {
+  const i64 some = columns < VL ? columns : columns / VL > 4 ? 4 * VL : columns / VL * VL;
   for (i64 r = begin; r < end; ++r) {
     const T* row = x + r * x_stride;
-    vf total[4] = {};
-    if (residual) {
-      const T* other = residual + r * residual_stride;
-      T* out = sum + r * columns;
-      if (dropout) {
-        const RandomRow mask(*dropout, r);
-        for_columns(columns, [&](i64 c, i64 n) {
-          const vf kept = select(mask.keep(c), load_at(row + c, n) * dropout->keep, vf{});
-          store_at(out + c, kept + load_at(other + c, n), n);
-        });
-        row = out;
-      }
-      for_columns_in_turn(columns, [&](int k, i64 c, i64 n) {
-        if (!dropout) store_at(out + c, load_at(row + c, n) + load_at(other + c, n), n);
-        total[k] += load_at(out + c, n);  // as stored: the norm is of the rounded sum
+    const T* other = residual ? residual + r * residual_stride : nullptr;
+    T* total = residual ? sum + r * columns : nullptr;
+    if (dropout) {
+      const RandomRow mask(*dropout, r);
+      for_columns(columns, [&](i64 c, i64 n) {
+        const vf kept = select(mask.keep(c), load_at(row + c, n) * dropout->keep, vf{});
+        store_at(total + c, kept + load_at(other + c, n), n);
       });
-      row = out;
-    } else {
-      for_columns_in_turn(columns, [&](int k, i64 c, i64 n) { total[k] += load_at(row + c, n); });
+      row = total;
     }
-    const float mu = hsum(total) / columns;
-    // Two passes, since E[x^2] - E[x]^2 cancels at large means. What rounding left out of mu is found on the way;
-    // where it is no trifle against the variance, which then cancels too, the pass is taken again.
-    float rest = 0.0f, variance = 0.0f;
-    for (int pass = 0; pass < 3; ++pass) {
-      vf sums[4] = {}, squares[4] = {};
+    const bool adds = residual && !dropout;
+    // Deviations from a number near the mean: E[x^2] - E[x]^2 would cancel at large means, and the mean itself is rounded.
+    vf few = {};
+    for_columns(some, [&](i64 c, i64 n) {
+      few += load_at(row + c, n);
+      if (adds) few += load_at(other + c, n);
+    });
+    float mu = hsum(few) / some, rest = 0.0f, variance = 0.0f;
+    vf sums[4] = {}, squares[4] = {};
+    const auto add = [&](int k, vf d, i64 n) {
+      if (n < VL)
+        for (i64 i = n; i < VL; ++i) d[i] = 0.0f;
+      sums[k] += d;
+      squares[k] += d * d;
+    };
+    if (adds)  // the norm is of the rounded sum
       for_columns_in_turn(columns, [&](int k, i64 c, i64 n) {
-        vf d = load_at(row + c, n) - mu - rest;
-        if (n < VL)
-          for (i64 i = n; i < VL; ++i) d[i] = 0.0f;
-        sums[k] += d;
-        squares[k] += d * d;
+        add(k, stored(total + c, load_at(row + c, n) + load_at(other + c, n), n) - mu, n);
       });
+    else
+      for_columns_in_turn(columns, [&](int k, i64 c, i64 n) { add(k, load_at(row + c, n) - mu, n); });
+    if (residual) row = total;
+    // Where the number was not near the mean against the deviation, the pass is taken again from a better one.
+    for (int pass = 0;; ++pass) {
       const float missed = hsum(sums) / columns;
       variance = hsum(squares) / columns - missed * missed;
       rest += missed;
-      if (missed * missed <= 1e-3f * variance) break;
+      if (missed * missed <= 0.25f * variance || pass == 2) break;
+      for (int k = 0; k < 4; ++k) sums[k] = squares[k] = vf{};
+      for_columns_in_turn(columns, [&](int k, i64 c, i64 n) { add(k, load_at(row + c, n) - mu - rest, n); });
     }
     const float scale = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps);  // NaN stays NaN
     T* out = y + r * columns;

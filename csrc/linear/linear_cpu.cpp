@@ -16,6 +16,7 @@
 //             Sums run over DEPTH numbers, then over those sums in order: the same bits for any number of threads.
 #include "common/tile.h"
 
+#include "decode/decode_cpu.h"
 #include "linear/linear_cpu.h"
 
 namespace gpt2fast {
@@ -68,10 +69,39 @@ struct MatmulSpace {
   }
 };
 
+// ---- few rows --------------------------------------------------------------------------------------
+//
+// With few rows the time is that of reading B once, and packing it would take as long again. y = x W^T is the decoder's
+// product (csrc/decode), up to FEW_ACROSS rows. dx = dy W, up to FEW rows, which is one tile: bands of BAND rows of B meet all rows of A, sums over DEPTH numbers stay in
+// the second cache, and threads have columns of their own, so that their number does not change bits.
+
+constexpr i64 FEW = MR, FEW_ACROSS = 32, BAND = 8;
+static_assert(DEPTH % BAND == 0, "sums are whole bands");
+
+static bool is_few(i64 rows, bool a_across, bool b_across) {
+  return !a_across && rows <= (b_across ? FEW_ACROSS : FEW);
+}
+
+struct FewSpace {
+  float *a, *sums, *tail;
+  i64 floats;
+  FewSpace(float* base, i64 rows, i64 columns, i64 depth) {
+    Arena arena{base};
+    a = arena.take(up(rows, MR) * depth);
+    sums = arena.take(up(rows, MR) * up(columns, NR));
+    tail = arena.take(BAND * NR);
+    floats = arena.next - base;
+  }
+};
+
 i64 matmul_workspace(i64 rows, i64 columns, i64 depth, bool a_across, bool b_across, int threads) {
   const bool turn = turned(rows, depth, b_across);
+  i64 few = 0;
+  if (is_few(rows, a_across, b_across))
+    few = larger(few_rows_workspace(rows, depth), FewSpace(nullptr, rows, columns, depth).floats);
   threads = useful_threads(rows, columns, depth, threads);
-  return threads * MatmulSpace(nullptr, Blocks(a_across, turn, columns, depth, threads), turn ? rows : columns).floats;
+  const Blocks blocks(a_across, turn, columns, depth, threads);
+  return larger(few, threads * MatmulSpace(nullptr, blocks, turn ? rows : columns).floats);
 }
 
 // Columns of `depth` rows to panels of NR, zero-padded: to[panel][d][NR].
@@ -172,9 +202,58 @@ static void add_to_rows(float* c, i64 stride, i64 rows, i64 columns, const float
     });
 }
 
+static void few_rows_input(const float* a, i64 a_stride, const float* b, i64 b_stride, float* c, i64 c_stride,
+                           const float* bias, float* workspace, i64 rows, i64 columns, i64 depth, bool add,
+                           int threads) {
+  const FewSpace space(workspace, rows, columns, depth);
+  const i64 padded = up(rows, MR), width = up(columns, NR), whole = columns / NR * NR;
+  for (i64 r = 0; r < padded; ++r)
+    for_columns(depth, [&](i64 k, i64 n) {
+      store_at(space.a + r * depth + k, r < rows ? load_at(a + r * a_stride + k, n) : vf{}, n);
+    });
+  parallel_shares(width, 4 * NR, threads, [&](int, i64 begin, i64 end) {
+    for (i64 start = 0; start < depth; start += DEPTH) {
+      const i64 stop = smaller(start + DEPTH, depth);
+      for (i64 k = start; k < stop; k += BAND) {
+        const i64 deep = smaller(BAND, stop - k);
+        const auto run = k > start ? tile<false, true> : tile<false, false>;
+        for (i64 x = begin; x < end; x += NR) {
+          const float* band = b + k * b_stride + x;
+          i64 stride = b_stride;
+          if (x >= whole) {  // the last columns, padded
+            for (i64 i = 0; i < deep; ++i)
+              for (int v = 0; v < NR; v += VL)
+                store(space.tail + i * NR + v, load_at(band + i * b_stride + v, clamp(columns - x - v, 0, VL)));
+            band = space.tail, stride = NR;
+          }
+          for (i64 r = 0; r < padded; r += MR)
+            run(deep, space.a + r * depth + k, depth, band, stride, space.sums + r * width + x, width, nullptr);
+        }
+      }
+      for (i64 r = 0; r < rows; ++r)
+        for (i64 x = begin; x < end; x += VL) {
+          const i64 n = clamp(columns - x, 0, VL);
+          float* place = c + r * c_stride + x;
+          vf sum = load(space.sums + r * width + x);
+          if (add || start > 0) sum += load_at(place, n);
+          if (bias && stop == depth) sum += load_at(bias + x, n);
+          store_at(place, sum, n);
+        }
+    }
+  });
+}
+
 void matmul(uintptr_t a, i64 a_stride, bool a_across, uintptr_t b, i64 b_stride, bool b_across, uintptr_t c,
             i64 c_stride, uintptr_t bias, uintptr_t workspace, i64 rows, i64 columns, i64 depth, bool add,
             int threads) {
+  if (is_few(rows, a_across, b_across)) {
+    if (!b_across)
+      return few_rows_input((const float*)a, a_stride, (const float*)b, b_stride, (float*)c, c_stride,
+                            (const float*)bias, (float*)workspace, rows, columns, depth, add,
+                            useful_threads(rows, columns, depth, threads));
+    if (!add && (rows == 1 || (a_stride == depth && c_stride == columns)) && (columns == 1 || b_stride == depth))
+      return few_rows_linear(a, b, 0, bias, c, workspace, rows, depth, columns, 0, threads);
+  }
   // S: the broadcast side (length x depth, or across); P: the packed one.
   const bool turn = turned(rows, depth, b_across);
   threads = useful_threads(rows, columns, depth, threads);

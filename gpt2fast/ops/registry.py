@@ -7,19 +7,28 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from gpt2fast.backends import native
+
 LIBRARY = torch.library.Library("gpt2fast", "DEF")
 DEVICES = ("CPU", "CUDA")
 
-_implementations: dict[int, Callable[..., Any]] = {}  # by the op's id: its hash is slow
+#: By the op's id, since its hash is slow: what runs where nobody watches, and the name of the C++
+#: function on PyTorch's tensors that serves its common case.
+_implementations: dict[int, tuple[Callable[..., Any], str | None]] = {}
 
 
 def register(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    in_cpp: bool = False,
 ) -> Callable[..., Any]:
     """Defines ``torch.ops.gpt2fast.<name>`` from its schema and returns it.
 
     `implementation` serves every device: it looks its backend up by the op's `backend` argument.
-    `fake` gives the outputs' shapes, dtypes and strides without reading data. The op has no
+    `fake` gives the outputs' shapes, dtypes and strides without reading data. `in_cpp`: there is a
+    C++ function of the op's name on PyTorch's tensors, which returns None for what it does not serve.
+    The op has no
     autograd formula: an ``autograd.Function`` calls it, which costs less a call than
     ``register_autograd``.
     """
@@ -39,13 +48,30 @@ def register(
         LIBRARY.impl(name, without_autocast, device)
     torch.library.register_fake(f"gpt2fast::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.gpt2fast, name).default
-    _implementations[id(op)] = implementation
+    _implementations[id(op)] = implementation, name if in_cpp else None
     return op
 
 
 def call(op: Callable[..., Any], tensor: torch.Tensor, *rest: Any) -> Any:
     """``op(tensor, *rest)``, around PyTorch's dispatcher where nothing needs it: some 15 us."""
-    return (_implementations[id(op)] if is_plain(tensor, *rest) else op)(tensor, *rest)
+    implementation, name = _implementations[id(op)]
+    if name is not None and (kernels := native()) is not None:
+        found = getattr(kernels, name)(tensor, *rest)
+        if found is not None:
+            return found
+    return (implementation if is_plain(tensor, *rest) else op)(tensor, *rest)
+
+
+#: What the C++ functions that look at a call's arguments say, where they say anything: how it is to
+#: go on. See csrc/bindings/tensors.h.
+PYTORCH, WITHOUT_GRADIENT, WITH_GRADIENT = 1, 2, 3
+
+
+def enter(way: int, function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)`` where C++ has checked them."""
+    if way == WITH_GRADIENT:
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    return function.forward(_NoBackward(), *arguments)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -95,7 +95,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     flat = rows(x)
     given = (flat, weight, bias)
     if is_eager(*given) and suits(flat.shape[0], flat.numel() * weight.shape[1], *given):
-        y = _Conv1d.apply(*given)
+        y = apply(_Conv1d, *given)
     else:
         y = torch.addmm(bias, flat, weight)
     return y.view(*x.shape[:-1], weight.shape[1])

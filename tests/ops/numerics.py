@@ -157,4 +157,6 @@ def assert_compiles(function: Callable[..., Any], inputs: dict[str, Any], backen
             ]
             results.append([*outs, *grads])
         for eager, graph in zip(*results, strict=True):
-            torch.testing.assert_close(graph, eager)
+            # A graph has the BLAS's products where eager mode has ours: sums in another order.
+            atol = 1e-5 + 8 * torch.finfo(eager.dtype).eps * eager.abs().max().item()
+            torch.testing.assert_close(graph, eager, atol=atol, rtol=1.3e-6)

@@ -309,14 +309,18 @@ def test_circumstances_that_are_left_to_the_ops(
     handle = nn.modules.module.register_module_forward_hook(_hook)
     made(x)
     handle.remove()
-    monkeypatch.setenv("GPT2FAST_CPU_MATMUL", "blas")
-    linear_cpu.preferred.cache_clear()
-    monkeypatch.setattr(functional, "SMALL", 2 * 17 * 48 * 12 * 48 - 1)
-    made(x)
-    assert calls.forward == 1
-    monkeypatch.setattr(functional, "SMALL", 2 * 17 * 48 * 12 * 48)  # the layers' multiplications
-    made(x)
-    assert calls.forward == 2
+    work = 2 * 17 * 48 * 12 * 48  # the layers' multiplications
+    for preference, most, runs in (
+        (linear_cpu.BLAS, work, 0),
+        (linear_cpu.FEW_ROWS, work - 1, 0),
+        (linear_cpu.FEW_ROWS, work, 1),
+        (linear_cpu.ALL, 0, 1),
+    ):
+        monkeypatch.setattr(functional, "preference", lambda found=preference: found)
+        monkeypatch.setattr(functional, "SMALL", most)
+        calls.forward = 0
+        made(x)
+        assert calls.forward == runs
 
 
 def test_wrong_shapes_raise_as_one_by_one() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import load
+from gpt2fast.backends import load, native
 from gpt2fast.ops.registry import call, once_differentiable, register
 
 
@@ -240,18 +240,21 @@ attention_forward = register(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
+    in_cpp=True,
 )
 attention_backward = register(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    in_cpp=True,
 )
 attention_packed_backward = register(
     f"attention_packed_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS})"
     " -> Tensor",
     _packed_backward,
     _fake_packed_backward,
+    in_cpp=True,
 )
 
 _VARLEN_OPTIONS = (
@@ -317,8 +320,12 @@ class PackedAttention(torch.autograd.Function):
         seed: Tensor | None,
         backend: str,
     ) -> Tensor:
-        q, k, v = qkv.unbind(2)
-        out, lse = call(attention_forward, q, k, v, diagonal, scale, dropout_p, seed, backend)
+        options = (diagonal, scale, dropout_p, seed, backend)
+        kernels = native()
+        found = None if kernels is None else kernels.attention_packed_forward(qkv, *options)
+        if found is None:
+            found = call(attention_forward, *qkv.unbind(2), *options)
+        out, lse = found
         ctx.save_for_backward(qkv, out, lse, seed)
         ctx.options = (diagonal, scale, dropout_p, backend)
         return out

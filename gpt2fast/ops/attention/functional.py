@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import choose
+from gpt2fast.backends import choose, native
 from gpt2fast.ops.attention import autograd, reference
 from gpt2fast.ops.checks import (
     autocast,
@@ -17,7 +17,7 @@ from gpt2fast.ops.checks import (
     distinct,
     dropout_seed,
 )
-from gpt2fast.ops.registry import apply, call
+from gpt2fast.ops.registry import apply, call, enter
 
 
 def _checked(
@@ -103,6 +103,13 @@ def scaled_dot_product_attention(
     tensor([[[[1., 2., 1.],
               [2., 3., 2.]]]])
     """
+    kernels = native()
+    if kernels is not None and (
+        way := kernels.attention_way(query, key, value, scale, dropout_p, True)
+    ):
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        options = (0 if is_causal else None, scale, 0.0, None, "cpu")
+        return enter(way, autograd.Attention, q, k, v, *options).transpose(1, 2)
     check_number("scale", scale, optional=True)
     query, key, value = _checked(
         {"query": query, "key": key, "value": value}, "(B, H, T, D)", 1, 2, dropout_p
@@ -140,6 +147,12 @@ def flash_attn_func(
     >>> y.shape, torch.allclose(y[:, 0], v[:, 0])  # the first query sees the first key only
     (torch.Size([2, 7, 4, 16]), True)
     """
+    kernels = native()
+    if kernels is not None and (
+        way := kernels.attention_way(q, k, v, softmax_scale, dropout_p, False)
+    ):
+        options = (k.shape[1] - q.shape[1] if causal else None, softmax_scale, 0.0, None, "cpu")
+        return enter(way, autograd.Attention, q, k, v, *options)
     check_number("softmax_scale", softmax_scale, optional=True)
     q, k, v = _checked({"q": q, "k": k, "v": v}, "(B, T, H, D)", 2, 1, dropout_p)
     diagonal = k.shape[1] - q.shape[1] if causal else None
@@ -169,6 +182,10 @@ def flash_attn_qkvpacked_func(
     >>> y.shape, y.dtype
     (torch.Size([2, 7, 4, 16]), torch.bfloat16)
     """
+    kernels = native()
+    if kernels is not None and (way := kernels.attention_packed_way(qkv, softmax_scale, dropout_p)):
+        options = (0 if causal else None, softmax_scale, 0.0, None, "cpu")
+        return enter(way, autograd.PackedAttention, qkv, *options)
     check_floating("qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
         raise ValueError(f"qkv must have shape (B, T, 3, H, D), got {tuple(qkv.shape)}")

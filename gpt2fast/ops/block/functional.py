@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from gpt2fast.backends import choose
 from gpt2fast.ops.block import autograd
-from gpt2fast.ops.linear.cpu import preferred
+from gpt2fast.ops.linear.cpu import ALL, FEW_ROWS, preference
 from gpt2fast.ops.registry import apply, call, is_eager
 
 #: Multiplications of a block's layers below which calls cost more than any BLAS could gain.
@@ -81,7 +81,7 @@ def _suits(
         (out, out_bias, (width, hidden)),
     )
     return (
-        (preferred(torch.get_num_threads()) or work <= SMALL)
+        preference() in ((ALL,) if work > SMALL else (ALL, FEW_ROWS))
         and width % n_head == 0
         and all(w.shape == s and (b is None or b.shape == s[:1]) for w, b, s in layers)
         and all(p is None or p.shape == x.shape[2:] for p in (*parameters[:2], *parameters[6:8]))

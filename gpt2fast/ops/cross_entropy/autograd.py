@@ -112,12 +112,14 @@ cross_entropy_forward = register(
     f"cross_entropy_forward(Tensor logits, Tensor targets, {_OPTIONS}) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
+    in_cpp=True,
 )
 cross_entropy_backward = register(
     "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor statistics,"
     f" {_OPTIONS}) -> Tensor",
     _backward,
     _fake_backward,
+    in_cpp=True,
 )
 cross_entropy_backward_inplace = register(
     "cross_entropy_backward_inplace(Tensor dloss, Tensor(a!) logits, Tensor targets,"

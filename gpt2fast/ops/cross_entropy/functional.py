@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import choose
+from gpt2fast.backends import choose, native
 from gpt2fast.ops.checks import (
     check_floating,
     check_number,
@@ -12,7 +12,7 @@ from gpt2fast.ops.checks import (
     check_tensor,
 )
 from gpt2fast.ops.cross_entropy import autograd, reference
-from gpt2fast.ops.registry import apply, rows
+from gpt2fast.ops.registry import apply, enter, rows
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -124,6 +124,14 @@ def cross_entropy(
     tensor([[-0.7500,  0.2500,  0.2500,  0.2500],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
+    kernels = native()
+    if kernels is not None and not inplace_backward:
+        options = (ignore_index, label_smoothing, z_loss, reduction)
+        if way := kernels.cross_entropy_way(logits, targets, *options, vocab_size):
+            classes = logits.shape[-1] if vocab_size is None else vocab_size
+            return enter(
+                way, autograd.CrossEntropy, logits, targets, *options, classes, False, "cpu"
+            )
     check_floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(

@@ -53,6 +53,7 @@ embedding_forward = register(
     "embedding_forward(Tensor idx, Tensor wte, Tensor wpe, SymInt position, str backend) -> Tensor",
     _forward,
     _fake_forward,
+    in_cpp=True,
 )
 embedding_backward = register(
     "embedding_backward(Tensor dy, Tensor idx, SymInt vocabulary, SymInt positions,"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import choose
+from gpt2fast.backends import choose, native
 from gpt2fast.ops.checks import (
     check_floating,
     check_same_device,
@@ -11,7 +11,7 @@ from gpt2fast.ops.checks import (
     check_tensor,
 )
 from gpt2fast.ops.embedding import autograd, reference
-from gpt2fast.ops.registry import apply
+from gpt2fast.ops.registry import apply, enter
 
 
 def embedding(
@@ -43,6 +43,9 @@ def embedding(
     >>> gpt2fast.functional.embedding(torch.tensor([[1, 1, 0]]), wte, wpe).flatten()
     tensor([12., 22., 31.])
     """
+    kernels = native()
+    if kernels is not None and (way := kernels.embedding_way(idx, wte, wpe, position)):
+        return enter(way, autograd.Embedding, idx, wte, wpe, position, sparse, "cpu")
     _check(idx, wte, wpe)
     idx = idx if idx.dtype == torch.int64 else idx.long()
     length = idx.shape[1]

@@ -32,13 +32,17 @@ def _fake_backward(
 
 
 gelu_forward = register(
-    "gelu_forward(Tensor x, Tensor? bias, str backend) -> Tensor", _forward, _fake_forward
+    "gelu_forward(Tensor x, Tensor? bias, str backend) -> Tensor",
+    _forward,
+    _fake_forward,
+    in_cpp=True,
 )
 gelu_backward = register(
     "gelu_backward(Tensor dy, Tensor x, Tensor? bias, bool need_input, bool need_bias, str backend)"
     " -> (Tensor?, Tensor?)",
     _backward,
     _fake_backward,
+    in_cpp=True,
 )
 
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from gpt2fast.backends import choose
+from gpt2fast.backends import choose, least, native
 from gpt2fast.ops.checks import check_floating, check_parameter
 from gpt2fast.ops.gelu import autograd, reference
-from gpt2fast.ops.registry import apply
+from gpt2fast.ops.registry import PYTORCH, apply, enter
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,6 +27,13 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> gpt2fast.functional.gelu(torch.tensor([[-1.0, 0.0, 1.0]]))
     tensor([[-0.1588,  0.0000,  0.8412]])
     """
+    kernels = native()
+    if kernels is not None:
+        way = kernels.gelu_way(x, bias, least("gelu"))
+        if way == PYTORCH:
+            return reference.gelu(x, bias)
+        if way:
+            return enter(way, autograd.Gelu, x, bias, "cpu")
     check_floating("x", x)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(

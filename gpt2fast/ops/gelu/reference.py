@@ -6,5 +6,6 @@ from torch import Tensor
 
 def gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     """0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) with z = x + bias."""
-    z = x if bias is None else x + bias.to(x.dtype)
-    return torch.nn.functional.gelu(z, approximate="tanh")
+    if bias is not None:
+        x = x + (bias if bias.dtype == x.dtype else bias.to(x.dtype))
+    return torch.nn.functional.gelu(x, approximate="tanh")

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import load
+from gpt2fast.backends import load, native
+from gpt2fast.ops.linear.cpu import preference
 from gpt2fast.ops.registry import call, once_differentiable, register, rows
 
 
@@ -100,7 +101,10 @@ class GeluMlp(torch.autograd.Function):
         proj_bias: Tensor | None,
         backend: str,
     ) -> Tensor:
-        y, h = call(gelu_mlp_forward, x, fc_weight, fc_bias, proj_weight, proj_bias, True, backend)
+        inputs = (x, fc_weight, fc_bias, proj_weight, proj_bias)
+        kernels = native() if backend == "cpu" else None
+        found = None if kernels is None else kernels.gelu_mlp_forward(*inputs, True)
+        y, h = call(gelu_mlp_forward, *inputs, True, backend) if found is None else found
         ctx.save_for_backward(x, h, fc_weight, fc_bias, proj_weight, proj_bias)
         ctx.backend = backend
         return y
@@ -109,10 +113,12 @@ class GeluMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, fc_weight, fc_bias, proj_weight, proj_bias = ctx.saved_tensors
-        need = list(ctx.needs_input_grad[:5])
-        dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias = call(
-            gelu_mlp_backward, dy, x, h, fc_weight, fc_bias, proj_weight, need, ctx.backend
-        )
+        given, need = (dy, x, h, fc_weight, fc_bias, proj_weight), list(ctx.needs_input_grad[:5])
+        kernels = native() if ctx.backend == "cpu" else None
+        found = None if kernels is None else kernels.gelu_mlp_backward(*given, *need, preference())
+        if found is None:
+            found = call(gelu_mlp_backward, *given, need, ctx.backend)
+        dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias = found
         return (
             dx,
             dfc_weight,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import choose
+from gpt2fast.backends import choose, native
 from gpt2fast.ops.checks import (
     autocast,
     check_floating,
@@ -13,7 +13,8 @@ from gpt2fast.ops.checks import (
     check_shape,
 )
 from gpt2fast.ops.gelu_mlp import autograd, reference
-from gpt2fast.ops.registry import apply
+from gpt2fast.ops.linear.cpu import preference
+from gpt2fast.ops.registry import WITHOUT_GRADIENT, apply, enter
 
 
 def gelu_mlp(
@@ -47,6 +48,12 @@ def gelu_mlp(
     >>> gpt2fast.functional.gelu_mlp(x, fc, torch.zeros(32), proj, None).shape
     torch.Size([2, 5, 8])
     """
+    inputs = (x, fc_weight, fc_bias, proj_weight, proj_bias)
+    kernels = native()
+    if kernels is not None and (way := kernels.gelu_mlp_way(*inputs, preference())):
+        if way == WITHOUT_GRADIENT:
+            return kernels.gelu_mlp_forward(*inputs, False)[0]
+        return enter(way, autograd.GeluMlp, *inputs, "cpu")
     check_floating("x", x)
     check_floating("fc_weight", fc_weight)
     check_floating("proj_weight", proj_weight)

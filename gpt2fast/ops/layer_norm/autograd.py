@@ -108,12 +108,14 @@ layer_norm_forward = register(
     " -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
+    in_cpp=True,
 )
 add_layer_norm_forward = register(
     "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps,"
     " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor)",
     _add_forward,
     _fake_add_forward,
+    in_cpp=True,
 )
 layer_norm_backward = register(
     "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor statistics,"
@@ -121,6 +123,7 @@ layer_norm_backward = register(
     " -> (Tensor?, Tensor?, Tensor?)",
     _backward,
     _fake_backward,
+    in_cpp=True,
 )
 
 

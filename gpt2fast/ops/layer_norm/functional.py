@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import choose
+from gpt2fast.backends import choose, least, native
 from gpt2fast.ops.checks import (
     check_dropout,
     check_floating,
@@ -14,7 +14,7 @@ from gpt2fast.ops.checks import (
     dropout_seed,
 )
 from gpt2fast.ops.layer_norm import autograd, reference
-from gpt2fast.ops.registry import apply
+from gpt2fast.ops.registry import PYTORCH, apply, enter
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -51,6 +51,13 @@ def layer_norm(
     >>> gpt2fast.functional.layer_norm(torch.tensor([[1.0, 3.0]]), bias=torch.full((2,), 5.0))
     tensor([[4.0000, 6.0000]])
     """
+    kernels = native()
+    if kernels is not None:
+        way = kernels.layer_norm_way(x, weight, bias, eps, least("layer_norm"))
+        if way == PYTORCH:
+            return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        if way:
+            return enter(way, autograd.LayerNorm, x, weight, bias, eps, "cpu")
     _check(x, weight, bias, eps)
     backend = choose(x, "layer_norm")
     if backend == "reference":
@@ -85,6 +92,16 @@ def add_layer_norm(
     >>> gpt2fast.functional.add_layer_norm(torch.tensor([[1.0, 3.0]]), torch.ones(1, 2))
     (tensor([[2., 4.]]), tensor([[-1.0000,  1.0000]]))
     """
+    kernels = native()
+    if kernels is not None:
+        small = least("layer_norm")
+        way = kernels.add_layer_norm_way(x, residual, weight, bias, eps, dropout_p, small)
+        if way == PYTORCH:
+            total = x + residual
+            return total, torch.layer_norm(total, x.shape[-1:], weight, bias, eps)
+        if way:
+            arguments = (x, residual, weight, bias, eps, 0.0, None, "cpu")
+            return enter(way, autograd.AddLayerNorm, *arguments)
     _check(x, weight, bias, eps)
     check_tensor("residual", residual)
     check_parameter("residual", residual, "x", x, x.shape, "that of x")

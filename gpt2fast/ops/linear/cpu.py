@@ -2,7 +2,8 @@
 
 Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): 1.2 to 1.4 times MKL's rate at 64
 rows, 1.1 to 1.2 at 256, level from 1024 on. On Intel's CPUs MKL is at home, and other builds of PyTorch
-have other libraries: there PyTorch's product is taken.
+have other libraries: there PyTorch's product is taken. With a few rows BLAS libraries pack weights that
+they use once: x W^T of up to 32 rows, and dy W of two to six, are the kernel's on any CPU with vectors.
 """
 
 import functools
@@ -14,14 +15,19 @@ from torch import Tensor
 from gpt2fast.backends import BackendUnavailable, cpu_extension, cpu_kernels
 from gpt2fast.ops.registry import DTYPE_CODES
 
-LEAST_ROWS = 4  # of activations
+FEW = 6  # the most rows of activations that are few in dy W; there one row is the BLAS's
+FEW_ACROSS = 32  # and in x W^T
+ONE_THREAD = 32  # rows from which on one thread does dy W as fast as the BLAS
 MOST_THREADS = 8  # each packs for itself; two have been measured
 WORK = 1 << 18  # multiplications below which a call's Python costs more than is gained
 
 
 @functools.cache
-def preferred(threads: int) -> bool:
-    """Whether so many threads use the kernel; GPT2FAST_CPU_MATMUL=kernel or =blas decides otherwise."""
+def preferred(threads: int, few: bool = False) -> bool:
+    """Whether so many threads use the kernel, for many rows of activations or a few.
+
+    GPT2FAST_CPU_MATMUL=kernel or =blas decides otherwise.
+    """
     choice = os.environ.get("GPT2FAST_CPU_MATMUL", "auto")
     if choice not in ("auto", "kernel", "blas"):
         raise ValueError(f"GPT2FAST_CPU_MATMUL must be auto, kernel or blas, got {choice!r}")
@@ -31,22 +37,35 @@ def preferred(threads: int) -> bool:
         extension = cpu_extension()
     except BackendUnavailable:
         return False
-    vectors = extension.runnable[-1] != "portable"
-    measured = bool(extension.amd) and vectors and torch.backends.mkl.is_available()
-    return measured and threads <= MOST_THREADS
+    if extension.runnable[-1] == "portable":
+        return False
+    measured = bool(extension.amd) and torch.backends.mkl.is_available()
+    return few or (measured and threads <= MOST_THREADS)
+
+
+#: Whose products are ours, as csrc/linear/linear_tensors.inc numbers it.
+BLAS, FEW_ROWS, ALL = 0, 1, 2
+
+
+def preference() -> int:
+    """Whose products are ours now: nobody's, those of few rows, or all."""
+    return _preference(torch.get_num_threads())
+
+
+def _preference(threads: int) -> int:
+    return ALL if preferred(threads) else FEW_ROWS if preferred(threads, True) else BLAS
 
 
 @torch.compiler.assume_constant_result
-def _preferred() -> bool:
-    return preferred(torch.get_num_threads())
+def _preferred(few: bool) -> bool:
+    return preferred(torch.get_num_threads(), few)
 
 
-def serves(rows: int, work: int, *tensors: Tensor) -> bool:
-    """Whether a product of `work` multiplications with `rows` rows of activations may be ours."""
+def serves(few: bool, work: int, *tensors: Tensor) -> bool:
+    """Whether a product of `work` multiplications may be ours; `few`: its rows of activations."""
     return (
-        rows >= LEAST_ROWS
-        and work >= WORK
-        and _preferred()
+        work >= WORK
+        and (_preferred(True) if few else _preferred(False))  # a constant in a graph of any size
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
     )
 
@@ -67,10 +86,15 @@ def matmul(
     """
     (rows, depth), columns = a.shape, b.shape[1]
     a_across, b_across = a.stride(1) != 1, b.stride(1) != 1
-    activations = depth if a_across else rows
+    neither = not (a_across or b_across)
+    few = rows <= FEW_ACROSS if b_across and not a_across else neither and 1 < rows <= FEW
+    slow = (depth if a_across else rows) == 1 or (  # where the BLAS is faster
+        neither and rows < ONE_THREAD and torch.get_num_threads() == 1
+    )
     fits = (
         not torch.compiler.is_compiling()  # a compiler cannot look into the kernel
-        and serves(activations, rows * columns * depth, a, b)
+        and (few or not slow)
+        and serves(few, rows * columns * depth, a, b)
         and not (a_across and (b_across or a.stride(0) != 1))
         and not (b_across and b.stride(0) != 1)
         and (out is None or out.stride(1) == 1)

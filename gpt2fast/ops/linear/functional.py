@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import choose
+from gpt2fast.backends import choose, native
 from gpt2fast.ops.linear import autograd, cpu, reference
-from gpt2fast.ops.registry import apply
+from gpt2fast.ops.registry import PYTORCH, apply, enter
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,14 +30,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> gpt2fast.functional.linear(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(4)).shape
     torch.Size([2, 4])
     """
+    kernels = native()
+    if kernels is not None:
+        way = kernels.linear_way(x, weight, bias, cpu.preference(), cpu.WORK)
+        if way == PYTORCH:
+            return reference.linear(x, weight, bias)
+        if way:
+            return enter(way, autograd.Linear, x, weight, bias)
     if not _is_ours(x, weight, bias):
         return reference.linear(x, weight, bias)
-    flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-    if torch.is_grad_enabled():
-        y = apply(autograd.Linear, flat, weight, bias)
-    else:
-        y = autograd.linear_forward(flat, weight, bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return apply(autograd.Linear, x, weight, bias)
 
 
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -52,7 +54,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def suits(rows: int, work: int, *given: Tensor) -> bool:
     """Whether a layer of `rows` rows and `work` multiplications may run on our products now."""
     return (
-        cpu.serves(rows, work, *given)
+        cpu.serves(rows <= cpu.FEW_ACROSS, work, *given)
         and all(t.is_contiguous() for t in given)
         and not torch.is_autocast_enabled("cpu")
         and choose(given[0]) == "cpu"

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import load
+from gpt2fast.backends import load, native
+from gpt2fast.ops.linear.cpu import preference
 from gpt2fast.ops.registry import call, once_differentiable, register, rows
 
 
@@ -159,6 +160,29 @@ linear_cross_entropy_scale = register(
 )
 
 
+def _in_one_piece(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    vocab_size: int,
+    chunk_bytes: int,
+    need_dx: bool,
+    need_dweight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """The op by one call of C++, where it serves that; or None."""
+    kernels = native() if backend == "cpu" else None
+    if kernels is None:
+        return None
+    options = (ignore_index, label_smoothing, z_loss, reduction, vocab_size)
+    needs = (need_dx, need_dweight)
+    return kernels.linear_cross_entropy_forward(x, weight, targets, *options, *needs, preference())
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Returns (loss, logprobs). A reduced loss has its gradients computed in forward.
 
@@ -186,16 +210,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         options = (ignore_index, label_smoothing, z_loss, reduction, vocab_size, chunk_bytes)
         early = reduction != "none"
-        loss, logprobs, statistics, dx, dweight = call(
-            linear_cross_entropy_forward,
-            x,
-            weight,
-            targets,
-            *options,
-            need_dx and early,
-            need_dweight and early,
-            backend,
-        )
+        needs = (need_dx and early, need_dweight and early)
+        given = (x, weight, targets, *options)
+        found = _in_one_piece(*given, *needs, backend)
+        if found is None:
+            found = call(linear_cross_entropy_forward, *given, *needs, backend)
+        loss, logprobs, statistics, dx, dweight = found
         kept = (dx, dweight) if compiling else (None, None)
         ctx.save_for_backward(x, weight, targets, statistics, *kept)
         ctx.gradients = None if compiling or not early else (dx, dweight)
@@ -214,23 +234,31 @@ class LinearCrossEntropy(torch.autograd.Function):
             # The weights may have changed since forward: the saved tensors are not looked at.
             gradients, ctx.gradients = ctx.gradients, None
             for gradient in gradients:
-                if gradient is not None:
+                if gradient is not None and (ctx.backend != "cpu" or dloss.item() != 1.0):
                     call(linear_cross_entropy_scale, gradient, dloss, ctx.backend)
         else:
             x, weight, targets, statistics, *_kept = ctx.saved_tensors
-            gradients = call(
-                linear_cross_entropy_backward,
-                dloss,
-                x,
-                weight,
-                targets,
-                statistics,
-                *ctx.options,
-                *ctx.needs,
-                ctx.backend,
-            )
+            given = (x, weight, targets, *ctx.options, *ctx.needs, ctx.backend)
+            again = _in_one_piece(*given)
+            if again is not None:  # the bits of the first backward
+                gradients = list(again[3:])
+                for gradient in gradients:
+                    if gradient is not None:
+                        call(linear_cross_entropy_scale, gradient, dloss, ctx.backend)
+            else:
+                gradients = call(
+                    linear_cross_entropy_backward,
+                    dloss,
+                    x,
+                    weight,
+                    targets,
+                    statistics,
+                    *ctx.options,
+                    *ctx.needs,
+                    ctx.backend,
+                )
         cast = [
-            None if g is None else g.to(dtype)
+            g if g is None or g.dtype == dtype else g.to(dtype)
             for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *cast, *[None] * 11

@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import choose
+from gpt2fast.backends import choose, native
 from gpt2fast.ops.checks import (
     autocast,
     check_floating,
@@ -14,8 +14,9 @@ from gpt2fast.ops.checks import (
     check_same_dtype,
 )
 from gpt2fast.ops.cross_entropy.functional import check_options, check_targets
+from gpt2fast.ops.linear.cpu import preference
 from gpt2fast.ops.linear_cross_entropy import autograd, reference
-from gpt2fast.ops.registry import apply
+from gpt2fast.ops.registry import WITH_GRADIENT, apply, enter
 
 #: By device. Every chunk reads and writes the weight gradient once more, 308 MB for GPT-2; on a GPU
 #: a chunk of bf16 logits is 10,000 rows, enough for its matrix products to run at full rate.
@@ -98,6 +99,28 @@ def linear_cross_entropy(
     >>> weight.grad.shape
     torch.Size([5, 8])
     """
+    options = (ignore_index, label_smoothing, z_loss, reduction)
+    kernels = native()
+    if kernels is not None and chunk_bytes is None:
+        given = (x, weight, targets)
+        if way := kernels.linear_cross_entropy_way(*given, *options, vocab_size, preference()):
+            classes = weight.shape[0] if vocab_size is None else vocab_size
+            needs = (
+                way == WITH_GRADIENT and x.requires_grad,
+                way == WITH_GRADIENT and weight.requires_grad,
+            )
+            found = enter(
+                way,
+                autograd.LinearCrossEntropy,
+                *given,
+                *options,
+                classes,
+                CHUNK_BYTES["cpu"],
+                *needs,
+                False,
+                "cpu",
+            )
+            return found if return_logprobs else found[0]
     check_floating("x", x)
     check_floating("weight", weight)
     if x.dim() < 1 or x.shape[-1] == 0:
@@ -113,7 +136,6 @@ def linear_cross_entropy(
     x, weight = autocast(x, weight)  # type: ignore[assignment]
     check_same_dtype("weight", weight, "x", x)
     targets = check_targets(targets, x.shape[:-1], "x", x)
-    options = (ignore_index, label_smoothing, z_loss, reduction)
     classes = check_options(*options, vocab_size, weight.shape[0])
     check_number("chunk_bytes", chunk_bytes, whole=True, optional=True)
     if chunk_bytes is None:
