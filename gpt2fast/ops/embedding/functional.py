@@ -6,6 +6,7 @@ from torch import Tensor
 from gpt2fast.backends import choose, native
 from gpt2fast.ops.checks import (
     check_floating,
+    check_number,
     check_same_device,
     check_same_dtype,
     check_tensor,
@@ -49,6 +50,7 @@ def embedding(
     _check(idx, wte, wpe)
     idx = idx if idx.dtype == torch.int64 else idx.long()
     length = idx.shape[1]
+    check_number("position", position, whole=True)
     if position < 0 or position + length > wpe.shape[0]:
         raise ValueError(
             f"position {position} and {length} tokens need rows {position} to"
