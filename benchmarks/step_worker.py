@@ -5,6 +5,7 @@ loss, peak resident memory in bytes. A process of its own, since allocator setti
 belong to a process.
 """
 
+import importlib.util
 import json
 import re
 import resource
@@ -31,6 +32,7 @@ VARIANTS = (
         "torch eager",
         "torch eager, malloc tuned",
         "torch.compile, malloc tuned",
+        *(["Hugging Face, malloc tuned"] if importlib.util.find_spec("transformers") else []),
         "gpt2fast cpu",
     )
 )

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gpt2fast
-from gpt2fast.swap import LazyLogits, SwapReport, apply_gpt2fast_to_gpt2, revert
+from gpt2fast.swap import LazyLogits, SwapReport, apply_gpt2fast_to_gpt2, hf_gpt2, revert
 from tests.ops.numerics import compare
 
 transformers = pytest.importorskip("transformers")
@@ -215,6 +216,20 @@ def test_decoding_runs_our_attention() -> None:
         spy.seen.clear()
         fast(x[:, :1], past_key_values=cached.past_key_values)
     assert "attention_forward" in spy.seen
+
+
+def test_an_argument_of_a_later_version_is_told_once() -> None:
+    plain, fast, _ = pair()
+    x = torch.randn(2, 5, plain.config.n_embd)
+    attention = [model.eval().transformer.h[0].attn for model in (plain, fast)]
+    hf_gpt2._warn_of_unknown.cache_clear()
+    with pytest.warns(UserWarning, match=r"gives GPT2Attention.forward novelty, which this version"):
+        found = attention[1](x, novelty=True)[0]
+    torch.testing.assert_close(found, attention[0](x)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention[1](x, novelty=True)
+        attention[1](x, output_attentions=True)  # known, and theirs
 
 
 @pytest.mark.parametrize("items", [7, torch.tensor(7), None])
