@@ -75,7 +75,7 @@ struct MatmulSpace {
 // product (csrc/decode), up to FEW_ACROSS rows. dx = dy W, up to FEW rows, which is one tile: bands of BAND rows of B meet all rows of A, sums over DEPTH numbers stay in
 // the second cache, and threads have columns of their own, so that their number does not change bits.
 
-constexpr i64 FEW = MR, FEW_ACROSS = 32, BAND = 8;
+constexpr i64 FEW = MR, FEW_ACROSS = 64, BAND = 8;
 static_assert(DEPTH % BAND == 0, "sums are whole bands");
 
 static bool is_few(i64 rows, bool a_across, bool b_across) {

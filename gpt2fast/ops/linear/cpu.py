@@ -16,7 +16,7 @@ from gpt2fast.backends import BackendUnavailable, cpu_extension, cpu_kernels
 from gpt2fast.ops.registry import DTYPE_CODES
 
 FEW = 6  # the most rows of activations that are few in dy W; there one row is the BLAS's
-FEW_ACROSS = 32  # and in x W^T
+FEW_ACROSS = 32  # and in x W^T (the kernel goes on so to 64, where all products are ours)
 ONE_THREAD = 32  # rows from which on one thread does dy W as fast as the BLAS
 MOST_THREADS = 8  # each packs for itself; two have been measured
 WORK = 1 << 18  # multiplications below which a call's Python costs more than is gained
