@@ -14,12 +14,12 @@ import importlib.metadata
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,6 +42,16 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = {"layer_norm": 1 << 17, "gelu": 1 << 11}
 #: Measurements of GPUs: which backend is the fastest for an op.
 SELECTED = Path(__file__).parent / "ops" / "selected"
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, without importing the compiler for it: more than a
+    second at every start."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class BackendUnavailable(RuntimeError):
@@ -309,7 +319,7 @@ def selected() -> dict[str, dict[str, dict[str, str]]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _choose_for(device_type: str, op: str, size: int | None = None) -> str:
     """The backend for inputs of a size class; None: of the largest that was measured."""
     wanted = {"cpu": ["cpu"], "cuda": ["triton", "cuda"]}.get(device_type)
@@ -332,12 +342,12 @@ def _choose_for(device_type: str, op: str, size: int | None = None) -> str:
     return "reference"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _check_constant(name: str) -> str:
     return _checked(name)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _device_of(name: str) -> str:
     """The type of device that backend `name` runs on: a CPU for emulated GPU kernels."""
     on_gpu = (

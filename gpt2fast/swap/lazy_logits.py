@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from gpt2fast import functional
+from gpt2fast.backends import constant_in_graphs
 from gpt2fast.nn import has_hooks
 from gpt2fast.swap.report import fast_forward, original
 
@@ -294,7 +295,7 @@ _DESCRIBING: set[Any] = {
 }
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _may_leave_the_graph() -> bool:
     """Whether the graph that is being captured may end here: not with fullgraph=True or in export."""
     try:

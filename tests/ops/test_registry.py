@@ -1,5 +1,7 @@
 """The short way round PyTorch's dispatcher is for plain tensors only."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -71,3 +73,20 @@ def test_forward_mode_is_refused(isa: str, wanted: bool) -> None:
         for function in (functional.layer_norm, functional.gelu):
             with pytest.raises(NotImplementedError, match="jvp"):
                 function(dual)
+
+
+def test_importing_the_model_does_not_import_the_compiler() -> None:
+    code = "import sys, gpt2fast.functional, gpt2fast.swap; from gpt2fast import GPT; "
+    code += "print([name for name in ('torch._dynamo', 'sympy', 'triton') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_mark_of_a_constant_is_torch_s() -> None:
+    def ours() -> None: ...
+
+    def theirs() -> None: ...
+
+    backends.constant_in_graphs(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert ours.__dict__ == theirs.__dict__ != {}

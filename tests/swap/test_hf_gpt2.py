@@ -223,7 +223,9 @@ def test_an_argument_of_a_later_version_is_told_once() -> None:
     x = torch.randn(2, 5, plain.config.n_embd)
     attention = [model.eval().transformer.h[0].attn for model in (plain, fast)]
     hf_gpt2._warn_of_unknown.cache_clear()
-    with pytest.warns(UserWarning, match=r"gives GPT2Attention.forward novelty, which this version"):
+    with pytest.warns(
+        UserWarning, match=r"gives GPT2Attention.forward novelty, which this version"
+    ):
         found = attention[1](x, novelty=True)[0]
     torch.testing.assert_close(found, attention[0](x)[0])
     with warnings.catch_warnings():

@@ -12,7 +12,12 @@ import os
 import torch
 from torch import Tensor
 
-from gpt2fast.backends import BackendUnavailable, cpu_extension, cpu_kernels
+from gpt2fast.backends import (
+    BackendUnavailable,
+    constant_in_graphs,
+    cpu_extension,
+    cpu_kernels,
+)
 from gpt2fast.ops.registry import DTYPE_CODES
 
 FEW = 6  # the most rows of activations that are few in dy W; there one row is the BLAS's
@@ -56,7 +61,7 @@ def _preference(threads: int) -> int:
     return ALL if preferred(threads) else FEW_ROWS if preferred(threads, True) else BLAS
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _preferred(few: bool) -> bool:
     return preferred(torch.get_num_threads(), few)
 
