@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,14 +29,15 @@ def test_curves_are_as_near_to_fp64_as_the_reference(
 
 
 def test_a_wrong_kernel_leaves_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound sees an attention without its causal mask's last key, a layer norm of eps 1e-3."""
-    from gpt2fast.ops.layer_norm import cpu
+    """The bound sees a block whose layer norms take eps 1e-3 instead of 1e-5."""
+    from gpt2fast.ops.block import cpu
 
     right = cpu.forward
 
-    def wrong(*args: object, **kwargs: object) -> object:
-        args = tuple(1e-3 if isinstance(a, float) and a < 1e-2 else a for a in args)
-        return right(*args, **kwargs)
+    def wrong(*args: Any) -> object:
+        *before, eps_1, eps_2, dropouts, save = args
+        assert eps_1 == eps_2 == 1e-5
+        return right(*before, 1e-3, 1e-3, dropouts, save)
 
     monkeypatch.setattr(cpu, "forward", wrong)
     shape = {"layers": 1, "heads": 2, "width": 32, "batch": 2, "length": 32}

@@ -114,5 +114,5 @@ def test_every_op_has_a_room() -> None:
     rooms = {
         p.parent.name for p in (Path(backends.__file__).parent / "ops").glob("*/functional.py")
     }
-    # linear has kernels for CPUs only, so nothing is chosen on a GPU.
-    assert rooms == {*backends.OPS, "linear"}
+    # These have kernels for CPUs only, so nothing is chosen on a GPU.
+    assert rooms == {*backends.OPS, "linear", "block"}
