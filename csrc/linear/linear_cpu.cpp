@@ -69,13 +69,15 @@ struct MatmulSpace {
   }
 };
 
-// ---- few rows --------------------------------------------------------------------------------------
+// ---- few rows of activations --------------------------------------------------------------------------
 //
-// With few rows the time is that of reading B once, and packing it would take as long again. y = x W^T is the decoder's
-// product (csrc/decode), up to FEW_ACROSS rows. dx = dy W, up to FEW rows, which is one tile: bands of BAND rows of B meet all rows of A, sums over DEPTH numbers stay in
-// the second cache, and threads have columns of their own, so that their number does not change bits.
+// Then the time is that of reading or writing the weights once, and packing would take as long again.
+//   y = x W^T     is the decoder's product (csrc/decode), up to FEW_ACROSS rows.
+//   dx = dy W     up to FEW rows: bands of BAND rows of B meet all rows of A, sums over DEPTH numbers stay in the second
+//                 cache, and threads have columns of their own, so that their number does not change bits.
+//   dW = dy^T x   up to FEW rows: rows of C are written as they come, from B in the first cache.
 
-constexpr i64 FEW = MR, FEW_ACROSS = 64, BAND = 8;
+constexpr i64 FEW = 6, FEW_ACROSS = 64, BAND = 8;
 static_assert(DEPTH % BAND == 0, "sums are whole bands");
 
 static bool is_few(i64 rows, bool a_across, bool b_across) {
@@ -85,10 +87,10 @@ static bool is_few(i64 rows, bool a_across, bool b_across) {
 struct FewSpace {
   float *a, *sums, *tail;
   i64 floats;
-  FewSpace(float* base, i64 rows, i64 columns, i64 depth) {
+  FewSpace(float* base, i64 columns, i64 depth) {
     Arena arena{base};
-    a = arena.take(up(rows, MR) * depth);
-    sums = arena.take(up(rows, MR) * up(columns, NR));
+    a = arena.take(FEW * depth);
+    sums = arena.take(FEW * up(columns, NR));
     tail = arena.take(BAND * NR);
     floats = arena.next - base;
   }
@@ -98,7 +100,7 @@ i64 matmul_workspace(i64 rows, i64 columns, i64 depth, bool a_across, bool b_acr
   const bool turn = turned(rows, depth, b_across);
   i64 few = 0;
   if (is_few(rows, a_across, b_across))
-    few = larger(few_rows_workspace(rows, depth), FewSpace(nullptr, rows, columns, depth).floats);
+    few = larger(few_rows_workspace(rows, depth), FewSpace(nullptr, columns, depth).floats);
   threads = useful_threads(rows, columns, depth, threads);
   const Blocks blocks(a_across, turn, columns, depth, threads);
   return larger(few, threads * MatmulSpace(nullptr, blocks, turn ? rows : columns).floats);
@@ -202,33 +204,56 @@ static void add_to_rows(float* c, i64 stride, i64 rows, i64 columns, const float
     });
 }
 
+// C (R x columns) = or += A B on a band of B; columns in whole NR.
+template <int R>
+static void few_rows_band(i64 depth, const float* a, i64 a_stride, const float* b, i64 b_stride, float* c,
+                          i64 c_stride, i64 columns, bool add) {
+  for (i64 x = 0; x < columns; x += NR, b += NR, c += NR) {
+    vf sum[R][NV] = {};
+    for (i64 k = 0; k < depth; ++k) {
+      const vf first = load(b + k * b_stride), second = load(b + k * b_stride + VL);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        sum[r][0] += splat(a[r * a_stride + k]) * first;
+        sum[r][1] += splat(a[r * a_stride + k]) * second;
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) {
+        float* place = c + r * c_stride + v * VL;
+        store(place, add ? load(place) + sum[r][v] : sum[r][v]);
+      }
+  }
+}
+
 static void few_rows_input(const float* a, i64 a_stride, const float* b, i64 b_stride, float* c, i64 c_stride,
                            const float* bias, float* workspace, i64 rows, i64 columns, i64 depth, bool add,
                            int threads) {
-  const FewSpace space(workspace, rows, columns, depth);
-  const i64 padded = up(rows, MR), width = up(columns, NR), whole = columns / NR * NR;
-  for (i64 r = 0; r < padded; ++r)
+  const FewSpace space(workspace, columns, depth);
+  const i64 width = up(columns, NR), whole = columns / NR * NR;
+  const auto run = rows == 1   ? few_rows_band<1>
+                   : rows == 2 ? few_rows_band<2>
+                   : rows <= 4 ? few_rows_band<4>
+                               : few_rows_band<FEW>;
+  for (i64 r = 0; r < FEW; ++r)
     for_columns(depth, [&](i64 k, i64 n) {
       store_at(space.a + r * depth + k, r < rows ? load_at(a + r * a_stride + k, n) : vf{}, n);
     });
   parallel_shares(width, 4 * NR, threads, [&](int, i64 begin, i64 end) {
+    const i64 stop_whole = smaller(end, whole);
     for (i64 start = 0; start < depth; start += DEPTH) {
       const i64 stop = smaller(start + DEPTH, depth);
       for (i64 k = start; k < stop; k += BAND) {
         const i64 deep = smaller(BAND, stop - k);
-        const auto run = k > start ? tile<false, true> : tile<false, false>;
-        for (i64 x = begin; x < end; x += NR) {
-          const float* band = b + k * b_stride + x;
-          i64 stride = b_stride;
-          if (x >= whole) {  // the last columns, padded
-            for (i64 i = 0; i < deep; ++i)
-              for (int v = 0; v < NR; v += VL)
-                store(space.tail + i * NR + v, load_at(band + i * b_stride + v, clamp(columns - x - v, 0, VL)));
-            band = space.tail, stride = NR;
-          }
-          for (i64 r = 0; r < padded; r += MR)
-            run(deep, space.a + r * depth + k, depth, band, stride, space.sums + r * width + x, width, nullptr);
-        }
+        run(deep, space.a + k, depth, b + k * b_stride + begin, b_stride, space.sums + begin, width,
+            stop_whole - begin, k > start);
+        if (end <= whole) continue;
+        for (i64 i = 0; i < deep; ++i)  // the last columns, padded
+          for (int v = 0; v < NR; v += VL)
+            store(space.tail + i * NR + v,
+                  load_at(b + (k + i) * b_stride + whole + v, clamp(columns - whole - v, 0, VL)));
+        run(deep, space.a + k, depth, space.tail, NR, space.sums + whole, width, NR, k > start);
       }
       for (i64 r = 0; r < rows; ++r)
         for (i64 x = begin; x < end; x += VL) {
@@ -239,6 +264,25 @@ static void few_rows_input(const float* a, i64 a_stride, const float* b, i64 b_s
           if (bias && stop == depth) sum += load_at(bias + x, n);
           store_at(place, sum, n);
         }
+    }
+  });
+}
+
+// C from A's transpose (depth x rows), depth up to FEW; one row of C at a time is one stream to memory.
+static void few_rows_weight(const float* a, i64 a_stride, const float* b, i64 b_stride, float* c, i64 c_stride,
+                            const float* bias, i64 rows, i64 columns, i64 depth, bool add, int threads) {
+  parallel_shares(rows, 1, threads, [&](int, i64 begin, i64 end) {
+    for (i64 r = begin; r < end; ++r) {
+      vf factors[FEW];
+      for (i64 k = 0; k < depth; ++k) factors[k] = splat(a[k * a_stride + r]);
+      float* row = c + r * c_stride;
+      for_columns(columns, [&](i64 x, i64 n) {
+        vf sum{};
+        for (i64 k = 0; k < depth; ++k) sum += factors[k] * load_at(b + k * b_stride + x, n);
+        if (add) sum += load_at(row + x, n);
+        if (bias) sum += load_at(bias + x, n);
+        store_at(row + x, sum, n);
+      });
     }
   });
 }
@@ -254,6 +298,10 @@ void matmul(uintptr_t a, i64 a_stride, bool a_across, uintptr_t b, i64 b_stride,
     if (!add && (rows == 1 || (a_stride == depth && c_stride == columns)) && (columns == 1 || b_stride == depth))
       return few_rows_linear(a, b, 0, bias, c, workspace, rows, depth, columns, 0, threads);
   }
+  if (a_across && depth <= FEW)
+    return few_rows_weight((const float*)a, a_stride, (const float*)b, b_stride, (float*)c, c_stride,
+                           (const float*)bias, rows, columns, depth, add,
+                           useful_threads(rows, columns, depth, threads));
   // S: the broadcast side (length x depth, or across); P: the packed one.
   const bool turn = turned(rows, depth, b_across);
   threads = useful_threads(rows, columns, depth, threads);

@@ -1,9 +1,10 @@
 """Matrix products in fp32 on the C++ kernel (csrc/linear/linear_cpu.cpp), where it beats the BLAS.
 
 Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): 1.2 to 1.4 times MKL's rate at 64
-rows, 1.1 to 1.2 at 256, level from 1024 on. On Intel's CPUs MKL is at home, and other builds of PyTorch
-have other libraries: there PyTorch's product is taken. With a few rows BLAS libraries pack weights that
-they use once: x W^T of up to 32 rows, and dy W of two to six, are the kernel's on any CPU with vectors.
+rows, 1.1 to 1.2 at 256, level from 1024 on; twice its rate with AVX-512, which MKL does not use there. On
+Intel's CPUs MKL is at home, and other builds of PyTorch have other libraries: there PyTorch's product is
+taken. With a few rows BLAS libraries pack weights that they use once: x W^T of up to 32 rows, and dy W and
+dy^T x of up to six, are the kernel's on any CPU with vectors.
 """
 
 import functools
@@ -20,7 +21,7 @@ from gpt2fast.backends import (
 )
 from gpt2fast.ops.registry import DTYPE_CODES
 
-FEW = 6  # the most rows of activations that are few in dy W; there one row is the BLAS's
+FEW = 6  # the most rows of activations that are few in dy W and dy^T x
 FEW_ACROSS = 32  # and in x W^T (the kernel goes on so to 64, where all products are ours)
 ONE_THREAD = 32  # rows from which on one thread does dy W as fast as the BLAS
 MOST_THREADS = 8  # each packs for itself; two have been measured
@@ -91,11 +92,8 @@ def matmul(
     """
     (rows, depth), columns = a.shape, b.shape[1]
     a_across, b_across = a.stride(1) != 1, b.stride(1) != 1
-    neither = not (a_across or b_across)
-    few = rows <= FEW_ACROSS if b_across and not a_across else neither and 1 < rows <= FEW
-    slow = (depth if a_across else rows) == 1 or (  # where the BLAS is faster
-        neither and rows < ONE_THREAD and torch.get_num_threads() == 1
-    )
+    few = depth <= FEW if a_across else rows <= (FEW_ACROSS if b_across else FEW)
+    slow = not (a_across or b_across) and rows < ONE_THREAD and torch.get_num_threads() == 1
     fits = (
         not torch.compiler.is_compiling()  # a compiler cannot look into the kernel
         and (few or not slow)
