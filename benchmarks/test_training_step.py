@@ -2,8 +2,8 @@
 
 Each variant lives in a process of its own. On a CPU, in fp32, they step in turn; on a GPU, in bf16
 autocast, one after another, since their memory would not fit beside each other. The floor is the time
-of the step's matrix products (attention's causal half included) at the rate of torch.mm measured
-between the rounds; memory is the peak of the process.
+of the step's matrix products (attention's causal half included) at the rate of torch.mm, or of our
+kernel where that is faster, measured between the rounds; memory is the peak of the process.
 """
 
 import json

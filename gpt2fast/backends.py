@@ -134,7 +134,7 @@ def tensor_kernels() -> Any | None:
     known = cpu_extension().connect(
         interface,
         (torch.Tensor, torch.nn.Parameter),
-        (torch.empty_like, torch.get_num_threads, torch.is_grad_enabled),
+        (torch.empty_like, torch.get_num_threads, torch.is_grad_enabled, torch.layer_norm),
         (
             torch._C._are_functorch_transforms_active,
             torch._C._len_torch_dispatch_stack,

@@ -54,7 +54,7 @@ enum : int { FP32, BF16, FP16, INT64, OTHER };  // the first three are the kerne
 struct Torch {
   const ExchangeApi* api;
   PyObject *tensor, *parameter;  // types of which an instance is taken as it is
-  PyObject *empty_like, *threads, *grad_enabled;  // torch's functions
+  PyObject *empty_like, *threads, *grad_enabled, *layer_norm;  // torch's functions
   PyObject *watchers[4];  // functions that are false where nobody watches or transforms what is done
   PyObject *forward_ad, *current_level;  // the module and the name of its attribute
   PyObject *requires_grad, *new_empty;  // names
@@ -164,6 +164,10 @@ class Arguments {
     if (value && PyLong_CheckExact(value)) return PyLong_AsDouble(value);
     fine = false;
     return 0;
+  }
+  PyObject* number_object() {
+    number();
+    return fine ? next_[-1] : nullptr;
   }
   int64_t integer() {
     PyObject* value = take();
@@ -322,8 +326,10 @@ inline thread_local Scratch scratch;
 
 // How a public function is to go on; 0: through Python.
 enum : long { THROUGH_PYTHON, PYTORCH, WITHOUT_GRADIENT, WITH_GRADIENT };
+inline bool is_small(const Tensor& x, double least) { return x.dtype() == FP32 && double(x.count()) < least; }
 inline PyObject* way(const Tensor& x, double least, std::initializer_list<const Tensor*> inputs) {
-  if (x.dtype() == FP32 && double(x.count()) < least) return PyLong_FromLong(PYTORCH);
+  if (is_small(x, least)) return PyLong_FromLong(PYTORCH);  // whoever watches
+  if (!quiet()) return PyLong_FromLong(THROUGH_PYTHON);
   if (number_of(torch.grad_enabled))
     for (const Tensor* input : inputs)
       if (input->wants_gradient()) return PyLong_FromLong(WITH_GRADIENT);
@@ -364,6 +370,7 @@ inline bool connect(py::capsule capsule, py::tuple types, py::tuple functions, p
                 keep(functions[0]),
                 keep(functions[1]),
                 keep(functions[2]),
+                keep(functions[3]),
                 {keep(watchers[0]), keep(watchers[1]), keep(watchers[2]), keep(watchers[3])},
                 keep(forward_ad),
                 name("_current_level"),

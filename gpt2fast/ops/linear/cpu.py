@@ -1,10 +1,10 @@
 """Matrix products in fp32 on the C++ kernel (csrc/linear/linear_cpu.cpp), where it beats the BLAS.
 
-Measured on an AMD EPYC with MKL, two threads (benchmarks/NOTES.md): 1.2 to 1.4 times MKL's rate at 64
-rows, 1.1 to 1.2 at 256, level from 1024 on; twice its rate with AVX-512, which MKL does not use there. On
-Intel's CPUs MKL is at home, and other builds of PyTorch have other libraries: there PyTorch's product is
-taken. With a few rows BLAS libraries pack weights that they use once: x W^T of up to 32 rows, and dy W and
-dy^T x of up to six, are the kernel's on any CPU with vectors.
+Measured on AMD EPYCs with MKL, two threads (benchmarks/NOTES.md): with AVX2 1.2 to 1.4 times MKL's rate
+at 64 rows, 1.1 to 1.2 at 256, level from 1024 on; with AVX-512, which MKL leaves to Intel's CPUs, twice
+its rate. On those MKL is at home, and other builds of PyTorch have other libraries: there PyTorch's
+product is taken. With a few rows BLAS libraries pack weights that they use once: x W^T of up to 32
+rows, and dy W and dy^T x of up to six, are the kernel's on any CPU with vectors.
 """
 
 import functools
