@@ -117,29 +117,25 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     whole = [r for r in rows if r["direction"] in ("both", "step")] or rows
     groups = list(dict.fromkeys((r["op"], r["label"]) for r in whole))
     variants = [v for v in dict.fromkeys(r["variant"] for r in whole) if v != BASE]
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.42 * len(groups)), constrained_layout=True)
-    height = 0.8 / max(len(variants), 1)
-    for number, variant in enumerate(variants):
-        for place, (op, label) in enumerate(groups):
-            found = {
-                r["variant"]: r["median"] for r in whole if (r["op"], r["label"]) == (op, label)
-            }
-            base = found.get(BASE)
-            if base is None or variant not in found:
-                continue
-            ratio = base / found[variant]
-            y = place + (number - (len(variants) - 1) / 2) * height
-            ours = variant.startswith("gpt2fast")
-            color = "#1b7f5c" if ours else f"C{7 + number}"
-            axes.barh(y, ratio, height * 0.95, color=color)
-            axes.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=6)
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, color="#1b7f5c" if v.startswith("gpt2fast") else f"C{7 + n}")
-        for n, v in enumerate(variants)
-    ]
-    axes.legend(handles, variants, fontsize=8, loc="upper right")
+    colors = {
+        v: "#1b7f5c" if v.startswith("gpt2fast") else f"C{7 + n}" for n, v in enumerate(variants)
+    }
+    bars, heights = [], []  # a bar is (y, ratio, variant); each group as high as its bars
+    y = 0.0
+    for op, label in groups:
+        found = {r["variant"]: r["median"] for r in whole if (r["op"], r["label"]) == (op, label)}
+        here = [v for v in variants if v in found and BASE in found]
+        bars += [(y + n, found[BASE] / found[v], v) for n, v in enumerate(here)]
+        heights.append(y + (len(here) - 1) / 2)
+        y += len(here) + 0.8
+    figure, axes = plt.subplots(figsize=(8, 1.0 + 0.16 * y), constrained_layout=True)
+    for y, ratio, variant in bars:
+        axes.barh(y, ratio, 0.95, color=colors[variant])
+        axes.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=6)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[v]) for v in variants]
+    figure.legend(handles, variants, fontsize=8, loc="outside lower center", ncols=3)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(groups)), [f"{op}  {label}" for op, label in groups], fontsize=8)
+    axes.set_yticks(heights, [f"{op}  {label}" for op, label in groups], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("speed against torch eager, forward + backward (higher is faster)")
     axes.margins(x=0.08, y=0.01)
