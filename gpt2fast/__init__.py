@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt2fast import ecosystem, functional, nn, optim, swap
+    from gpt2fast import backends, decoding, ecosystem, functional, nn, optim, swap
     from gpt2fast.backends import BackendUnavailable, keep_freed_memory, use_backend
     from gpt2fast.generation import generate
     from gpt2fast.model import GPT, GPTConfig, KVCache
@@ -22,6 +22,8 @@ __all__ = [
     "GPTConfig",
     "KVCache",
     "apply_gpt2fast_to_gpt2",
+    "backends",
+    "decoding",
     "ecosystem",
     "functional",
     "generate",

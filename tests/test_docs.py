@@ -137,3 +137,14 @@ def test_the_op_of_the_how_to_works(
         getattr(tests, name)()
     loaded = sys.modules["gpt2fast.ops.layer_scale.cpu"]
     assert Path(str(loaded.__file__)).is_relative_to(tmp_path)
+
+
+def test_examples_name_what_a_bare_import_has() -> None:
+    """gpt2fast loads its parts at first use, so that one that is not listed is there only by chance."""
+    sources = [path.read_text() for path in PACKAGE.rglob("*.py")]
+    examples = [line for text in sources for line in text.splitlines() if ">>> " in line]
+    examples += re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = re.compile(r"(?<!from )(?<!import )\bgpt2fast\.([a-zA-Z_]\w*)")
+    assert {"functional", "backends"} <= {n for text in examples for n in names.findall(text)}
+    for text in examples:
+        assert {*names.findall(text)} <= {*gpt2fast.__all__}, text
