@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map
 
 import gpt2fast
 from gpt2fast import backends, functional
+from gpt2fast.ops import registry
+from gpt2fast.ops.gelu import autograd as gelu
 
 
 class Wrapper(Tensor):
@@ -80,6 +82,15 @@ def test_importing_the_model_does_not_import_the_compiler() -> None:
     code += "print([name for name in ('torch._dynamo', 'sympy', 'triton') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_compiler_meets_the_op_and_not_the_way_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.11's cannot follow the way by the op's id()."""
+    x = torch.randn(3, 8)
+    expected = registry.call(gelu.gelu_forward, x, None, "cpu")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(registry, "_implementations", {})
+    assert torch.equal(registry.call(gelu.gelu_forward, x, None, "cpu"), expected)
 
 
 def test_the_mark_of_a_constant_is_torch_s() -> None:
