@@ -279,6 +279,19 @@ def test_attention_of_one_query(isa: str, shape: dict[str, int], length: int, pe
     compare("logits", logits, last_logits(model, idx), truth)
 
 
+@pytest.mark.parametrize("length", [5, 65, 150])
+def test_scores_beyond_the_range_of_exp(isa: str, length: int) -> None:
+    """Their differences decide; so large they amplify rounding, and the bound is a hundredth part."""
+    model = gpt(n_layer=1, vocab_size=67, n_head=2, n_embd=160)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight.mul_(16)
+    decoder, idx = Decoder(model), torch.randint(0, 67, (1, length + 1))
+    decoder.forward_cached(idx[:, :-1], cache := decoder.new_cache(1))
+    truth = last_logits(copy.deepcopy(model).double(), idx)
+    logits = decoder.forward_cached(idx[:, -1:], cache)
+    assert (logits - truth).norm() < 0.01 * truth.norm()
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_bits_depend_on_neither_batch_nor_threads(isa: str, weights: Weights) -> None:
     """Two layers wide enough that threads share all their phases."""
