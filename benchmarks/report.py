@@ -120,13 +120,13 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     colors = {
         v: "#1b7f5c" if v.startswith("gpt2fast") else f"C{7 + n}" for n, v in enumerate(variants)
     }
-    bars, heights = [], []  # a bar is (y, ratio, variant); each group as high as its bars
+    bars, middles = [], []  # a bar is (y, ratio, variant); each group as high as its bars
     y = 0.0
     for op, label in groups:
         found = {r["variant"]: r["median"] for r in whole if (r["op"], r["label"]) == (op, label)}
         here = [v for v in variants if v in found and BASE in found]
         bars += [(y + n, found[BASE] / found[v], v) for n, v in enumerate(here)]
-        heights.append(y + (len(here) - 1) / 2)
+        middles.append(y + (len(here) - 1) / 2)
         y += len(here) + 0.8
     figure, axes = plt.subplots(figsize=(8, 1.0 + 0.16 * y), constrained_layout=True)
     for y, ratio, variant in bars:
@@ -135,7 +135,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[v]) for v in variants]
     figure.legend(handles, variants, fontsize=8, loc="outside lower center", ncols=3)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(heights, [f"{op}  {label}" for op, label in groups], fontsize=8)
+    axes.set_yticks(middles, [f"{op}  {label}" for op, label in groups], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("speed against torch eager, forward + backward (higher is faster)")
     axes.margins(x=0.08, y=0.01)

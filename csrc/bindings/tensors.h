@@ -165,6 +165,7 @@ class Arguments {
     fine = false;
     return 0;
   }
+  // A number as it is, to hand on.
   PyObject* number_object() {
     number();
     return fine ? next_[-1] : nullptr;
@@ -328,7 +329,7 @@ inline thread_local Scratch scratch;
 enum : long { THROUGH_PYTHON, PYTORCH, WITHOUT_GRADIENT, WITH_GRADIENT };
 inline bool is_small(const Tensor& x, double least) { return x.dtype() == FP32 && double(x.count()) < least; }
 inline PyObject* way(const Tensor& x, double least, std::initializer_list<const Tensor*> inputs) {
-  if (is_small(x, least)) return PyLong_FromLong(PYTORCH);  // whoever watches
+  if (is_small(x, least)) return PyLong_FromLong(PYTORCH);  // right whoever watches or transforms
   if (!quiet()) return PyLong_FromLong(THROUGH_PYTHON);
   if (number_of(torch.grad_enabled))
     for (const Tensor* input : inputs)

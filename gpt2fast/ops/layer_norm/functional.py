@@ -96,7 +96,7 @@ def add_layer_norm(
     if kernels is not None:
         small = least("layer_norm")
         way = kernels.add_layer_norm_way(x, residual, weight, bias, eps, dropout_p, small)
-        if way.__class__ is not int:
+        if way.__class__ is not int:  # as above
             return way
         if way:
             arguments = (x, residual, weight, bias, eps, 0.0, None, "cpu")
