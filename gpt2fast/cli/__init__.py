@@ -49,7 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")  # torchrun's
         which = "" if rank == "0" else f" in process {rank}"
         print(f"error{which}: {_told(error)}", file=sys.stderr)
+        if _in_process_group():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # threads of a broken group may abort the process while Python ends
         return 1
+
+
+def _in_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return bool(distributed and distributed.is_available() and distributed.is_initialized())
 
 
 def _spin_briefly() -> None:
